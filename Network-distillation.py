@@ -1,0 +1,119 @@
+"""Distil trained networks into a shallow student (Hinton, Vinyals and Dean 2015).
+
+    loss = α·T²·KL(softmax(u/T) ‖ softmax(z/T)) + (1 - α)·(-log p_y)
+
+u are the teacher's logits of the very batch, augmentation included, that the student sees. The
+teacher's checkpoint says all that is needed: data set, split, seed and network. Each teacher is
+distilled twice, without and with temperature scaling, as in the ILS README's table.
+
+GPU:  python Network-distillation.py --teacher runs/cifar10/resnet18
+CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vanilla/seed0/best.pt \\
+          --epochs 5
+"""
+
+from pathlib import Path
+
+from models import canonical_name, model_names
+from utils import arguments, checkpoint, data_loader
+from utils.arguments import add_hyper_parameter, number, one_of, positive_float, training_parser
+from utils.errors import run
+from utils.losses import distillation_terms
+from utils.teacher import warn_of_leak
+from utils.training import Trial, requested_values, train_trial
+
+
+def make_loss(trial, alpha, temperature):
+    scaling = trial.teacher.temperature if trial.teacher_use["scaled"] else 1.0
+
+    def loss(logits, batch):
+        teacher_logits = trial.teacher_logits(batch).float() / scaling
+        teacher_term, label_term = distillation_terms(
+            logits, batch.labels, teacher_logits, temperature
+        )
+        return {
+            "loss": alpha * teacher_term + (1 - alpha) * label_term,
+            "distillation": teacher_term,
+            "classification": label_term,
+        }
+
+    return loss
+
+
+def student_trial(args, teacher, scaled: bool) -> Trial:
+    """The teacher's data set and split, and its seed unless --seed says otherwise."""
+    data, _ = data_loader.reload(teacher.data, args.data_dir, args.device)
+    return Trial(
+        data=data,
+        image_size=teacher.data["image_size"],
+        model_name=canonical_name(args.student),
+        seed=teacher.training["seed"] if args.seed is None else args.seed,
+        recipe=arguments.recipe(args, data.name, teacher.data["tr_size"]),
+        device=args.device,
+        output_dir=Path(args.output_dir),
+        ece_bins=args.ece_bins,
+        overwrite=args.overwrite,
+        save_every=args.save_every,
+        teacher=teacher,
+        teacher_use={"scaled": scaled},
+    )
+
+
+def main() -> None:
+    parser = training_parser(__doc__, "distillation")
+    add = parser.add_argument
+    add(
+        "--teacher",
+        nargs="+",
+        required=True,
+        metavar="CHECKPOINT",
+        help="best.pt of one or more teachers, or folders to search for them (students in a folder "
+        "are passed over)",
+    )
+    add(
+        "--student",
+        type=one_of(model_names()),
+        default="shallownet",
+        metavar="NAME",
+        help=f"{', '.join(model_names())} (default: %(default)s)",
+    )
+    add(
+        "--scale_teacher",
+        type=one_of(["no", "yes", "both"]),
+        default="both",
+        metavar="NAME",
+        help="divide the teacher's logits by the temperature fitted to its validation split: no "
+        "(off), yes, or both: a student of each (default: %(default)s)",
+    )
+    add_hyper_parameter(
+        parser,
+        "--alpha",
+        number(float, 0, 1),
+        0.9,
+        "weight α in [0, 1] of the teacher's term, the labels' has 1 - α; 0 is off",
+    )
+    add_hyper_parameter(
+        parser,
+        "--temperature",
+        positive_float,
+        20.0,
+        "T > 0 that softens both networks' probabilities; 1 is off",
+    )
+    args = parser.parse_args()
+
+    for path in checkpoint.find(args.teacher):
+        teacher = checkpoint.load(path, args.device)
+        if teacher.is_student and str(path) not in args.teacher:
+            continue
+        print(f"\nteacher: {path}")
+        for scaled in {"no": [False], "yes": [True], "both": [False, True]}[args.scale_teacher]:
+            trial = student_trial(args, teacher, scaled)
+            warn_of_leak(teacher, trial.data, trial.splits)
+            method = f"distilled-{teacher.model.name}-{teacher.training['method']}"
+            method += "-scaled" if scaled else ""
+            train_trial(trial, method, requested_values(args), make_loss)
+    print("\nNext, see teachers and students side by side:")
+    print(f"  python Models-evaluation.py {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""The scripts, run as a user runs them."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass
+class Finished:
+    status: int
+    out: str
+    err: str
+
+
+def start(script: str, *arguments, **options) -> subprocess.Popen:
+    """Starts a script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(script: str, *arguments, status: int = 0) -> Finished:
+    """Runs a script in a process of its own and checks how it ended."""
+    process = start(script, *arguments)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == status, f"{script} {arguments}: {process.returncode}\n{out}\n{err}"
+    return Finished(process.returncode, out, err)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a script that must refuse its input with one line, status 2 and nothing written.
+
+    In this process, because importing torch takes longer than refusing does.
+    """
+
+    def call(script: str, *arguments, written: Path | None = None) -> str:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = files(written) if written else None
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2, error
+        lines = error.strip().splitlines()
+        assert len(lines) == 1, error
+        assert lines[0].startswith(f"{script}: error: "), error
+        if written:
+            assert files(written) == before, "something was written or changed"
+        return lines[0]
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and what is in it; locks aside, which hold nothing."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same_bits(first: Path, second: Path) -> bool:
+    """Whether two checkpoints hold the same network, bit for bit."""
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> None:
+    """Real Fashion-MNIST; CI installs it, and must not pass without it."""
+    if not FASHION_MNIST.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"no {FASHION_MNIST}: apt-get install dataset-fashion-mnist")
+        pytest.skip("real Fashion-MNIST needs Debian's package dataset-fashion-mnist")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors on a busy machine: threads that wait for each other cost more than they do."""
+    torch.set_num_threads(1)

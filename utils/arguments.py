@@ -1,0 +1,346 @@
+"""Which flags the scripts share, and how a flag is checked before anything is read or written."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models import MODELS, canonical_name, model_names
+from utils.data_loader import AUGMENTATIONS, READERS
+from utils.errors import InputError
+
+PARAMS = json.loads(Path(__file__).with_name("params.json").read_text())
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("steps", "cosine", "constant")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, no abbreviated flags, and the script's docstring as help."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+
+
+# ------------------------------------------------------------------------------ checking one value
+
+
+def number(kind: type, low: float, high: float, *, open_low=False, open_high=False) -> Callable:
+    """A type for argparse: an int or float between two bounds, open where said."""
+    span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    span = span.replace("inf]", "inf)")
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        if not (above and below) or value in (float("inf"), float("-inf")):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} given, {name} in {span} expected")
+        return value
+
+    return convert
+
+
+def positive_int(text: str) -> int:
+    return number(int, 1, float("inf"))(text)
+
+
+def positive_float(text: str) -> float:
+    return number(float, 0, float("inf"), open_low=True)(text)
+
+
+def non_negative_int(text: str) -> int:
+    return number(int, 0, float("inf"))(text)
+
+
+def non_negative_float(text: str) -> float:
+    return number(float, 0, float("inf"))(text)
+
+
+def one_of(names: list[str] | tuple[str, ...]) -> Callable:
+    """A type for argparse: one of the names; the error suggests the nearest."""
+
+    def convert(text: str) -> str:
+        if text not in names:
+            from difflib import get_close_matches
+
+            near = get_close_matches(text, names, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise argparse.ArgumentTypeError(
+                f"{text!r} given{hint}, one of {', '.join(names)} expected"
+            )
+        return text
+
+    return convert
+
+
+def device(text: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; a device that is not there is an error."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return torch.device("cuda" if available else "cpu")
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} given, auto, cpu, cuda or cuda:N expected")
+    if chosen.type == "cuda" and (chosen.index or 0) >= available:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given, but {available} CUDA devices are available here; cpu would do"
+        )
+    return chosen
+
+
+# ------------------------------------------------------------------------------------ shared flags
+
+
+def training_parser(description: str, defaults: str = "training") -> Parser:
+    """The flags of everything that trains. defaults: an entry of params.json."""
+    parser = Parser(description)
+    recipe = PARAMS[defaults]
+    if defaults == "training":
+        add_data_flags(parser)
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add(
+        "--lr",
+        type=positive_float,
+        default=recipe["lr"],
+        help="starting learning rate (default: %(default)s)",
+    )
+    add(
+        "--optimizer",
+        type=one_of(OPTIMIZERS),
+        default=recipe["optimizer"],
+        metavar="NAME",
+        help="sgd (Nesterov momentum 0.9) or adam (default: %(default)s)",
+    )
+    add(
+        "--weight_decay",
+        type=non_negative_float,
+        default=recipe["weight_decay"],
+        metavar="W",
+        help="L2 penalty on all parameters; 0 turns it off (default: %(default)s)",
+    )
+    add(
+        "--schedule",
+        type=one_of(SCHEDULES),
+        default=recipe["schedule"],
+        metavar="NAME",
+        help="of the learning rate: steps divides it by 10 after 30 %%, 60 %% and 90 %% of "
+        "--epochs, cosine lowers it to 0, constant is off (default: %(default)s)",
+    )
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=recipe["batch_size"],
+        metavar="N",
+        help="images a step (default: %(default)s)",
+    )
+    add(
+        "--epochs",
+        type=positive_int,
+        default=recipe["epochs"],
+        metavar="N",
+        help="most epochs (default: %(default)s)",
+    )
+    add(
+        "--estop",
+        type=non_negative_int,
+        default=recipe["estop"],
+        metavar="N",
+        help="epochs without a better validation log loss before training stops; 0 turns it off "
+        "(default: %(default)s)",
+    )
+    add(
+        "--augment",
+        type=one_of(["auto", *AUGMENTATIONS]),
+        default="auto",
+        metavar="NAME",
+        help="of training images: none (off), flip (left-right), crop (4 pixels padding), "
+        "crop-flip; auto is crop-flip for CIFAR, flip for fashionmnist and imagefolder, none for "
+        "the others (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        type=one_of(PRECISIONS),
+        default="auto",
+        metavar="NAME",
+        help="of the network's arithmetic: float32, bfloat16 (mixed), or auto: bfloat16 on CUDA, "
+        "float32 on the CPU; losses are float32 always (default: %(default)s)",
+    )
+
+    group = parser.add_argument_group("runs and files")
+    add = group.add_argument
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=0 if defaults == "training" else None,
+        metavar="N",
+        help="of the split, the initial weights, the order of the images and the "
+        "augmentation; the same for all methods, so that their runs are paired (default: "
+        + ("%(default)s)" if defaults == "training" else "the teacher's)"),
+    )
+    if defaults == "training":
+        add(
+            "--trials",
+            type=positive_int,
+            default=1,
+            metavar="N",
+            help="seeds in a row, from --seed on (default: %(default)s)",
+        )
+    add(
+        "--output_dir",
+        default="runs",
+        metavar="DIR",
+        help="a run is left in DIR/<dataset>/<model>/<method>/seed<N> (default: %(default)s)",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start anew where DIR holds a run already; off: an unfinished run is continued, a "
+        "finished one reported",
+    )
+    add(
+        "--save_every",
+        type=non_negative_float,
+        default=10,
+        metavar="MINUTES",
+        help="save the training state within long epochs; 0 saves at the end of each epoch only "
+        "(default: %(default)s)",
+    )
+    add_evaluation_flags(parser)
+    parser.set_defaults(hyper_parameters=())
+    return parser
+
+
+def add_data_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("data and network").add_argument
+    add(
+        "--dataset",
+        type=one_of(list(READERS)),
+        default="digits",
+        metavar="NAME",
+        help=f"{', '.join(READERS)} (default: %(default)s, which needs no download)",
+    )
+    add(
+        "--num_classes",
+        type=positive_int,
+        metavar="K",
+        help="number of classes, checked against the data set (default: the data set's)",
+    )
+    add(
+        "--tr_size",
+        default=0.8,
+        metavar="SHARE",
+        type=number(float, 0, 1, open_low=True, open_high=True),
+        help="share of the training images that is trained on, the rest is the validation split "
+        "(default: %(default)s)",
+    )
+    add(
+        "--image_size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="bring all images to this height and width (default: off, as they are)",
+    )
+    add(
+        "--model",
+        type=one_of(model_names()),
+        default="resnet18",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)} (default: %(default)s)",
+    )
+
+
+def add_evaluation_flags(parser: Parser) -> None:
+    """What training, distillation and evaluation share."""
+    add = parser.add_argument_group("machine and evaluation").add_argument
+    add(
+        "--data_dir",
+        default="data",
+        metavar="DIR",
+        help="where the data set is, or is downloaded to; for imagefolder the folder that holds "
+        "train/<class>/ and test/<class>/ (default: %(default)s)",
+    )
+    add(
+        "--device",
+        type=device,
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:N, or auto: the first GPU if there is one (default: auto)",
+    )
+    add(
+        "--ece_bins",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="equal-width bins of the expected calibration error (default: %(default)s)",
+    )
+
+
+def add_hyper_parameter(
+    parser: Parser, flag: str, kind: Callable, default: float, description: str
+) -> None:
+    """A flag of the method that takes one value, or several to choose from.
+
+    Each combination of several values is trained; the one with the lowest validation log loss is
+    kept.
+    """
+    parser.add_argument(
+        flag,
+        type=kind,
+        nargs="+",
+        default=[default],
+        metavar="X",
+        help=f"{description} (default: {default:g}); several values: each is trained, the best on "
+        "the validation split is kept",
+    )
+    parser.set_defaults(
+        hyper_parameters=(*parser.get_default("hyper_parameters"), flag.removeprefix("--"))
+    )
+
+
+def recipe(args: argparse.Namespace, dataset: str, tr_size: float) -> dict:
+    """How a network is trained, whatever the method: plain values, kept in config.json."""
+    augment = PARAMS["augmentation"][dataset] if args.augment == "auto" else args.augment
+    precision = args.precision
+    if precision == "auto":
+        precision = "bfloat16" if args.device.type == "cuda" else "float32"
+    return {
+        "optimizer": args.optimizer,
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "schedule": args.schedule,
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
+        "estop": args.estop,
+        "augment": augment,
+        "precision": precision,
+        "tr_size": tr_size,
+    }
+
+
+def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:
+    if args.num_classes is not None and args.num_classes != len(classes):
+        raise InputError(
+            f"--num_classes {args.num_classes} given, but {args.dataset} has {len(classes)} "
+            "classes; leave the flag out or give that number"
+        )
+
+
+def model_name(args: argparse.Namespace) -> str:
+    return canonical_name(args.model)

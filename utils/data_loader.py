@@ -1,0 +1,390 @@
+"""Where images come from, who is in which split, and what a batch is.
+
+A data set is one uint8 tensor. It is read once, moved to the device once, and batches are taken
+from it by index there: no worker processes, no per-image Python. Crop and flip work on the whole
+batch; scaling and normalisation are the network's first layer (models/classifier.py), so a batch is
+exactly what is on disk and any two networks can look at the same one.
+"""
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils.errors import InputError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: the official training images first, the official test images behind them.
+
+    images: uint8 (N, H, W, C); the layout in which a batch is channels-last without a copy.
+    labels: int64 (N,), each in [0, len(classes)).
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    train_size: int
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image as a network gets it."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def to(self, device: torch.device) -> "ImageData":
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of every pixel and label: two data sets are the same if this is."""
+        digest = hashlib.sha256(str((tuple(self.images.shape), self.train_size)).encode())
+        digest.update(np.ascontiguousarray(self.images.cpu().numpy()))
+        digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------- reading data sets
+
+
+def _digits(data_dir: Path, image_size: int | None):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # Grey levels are 0..16. There is no official split: 360 images drawn once are the test images.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    order = torch.randperm(len(images), generator=generator(0)).numpy()
+    train, test = order[:-360], order[-360:]
+    return (
+        (images[train], digits.target[train]),
+        (images[test], digits.target[test]),
+        [str(digit) for digit in digits.target_names],
+    )
+
+
+def _torchvision(class_name: str, **split_argument):
+    """A reader for one of torchvision's data sets; torchvision downloads and verifies the files."""
+
+    def read(data_dir: Path, image_size: int | None):
+        from torchvision import datasets
+
+        if class_name == "FashionMNIST":
+            _use_debian_package(data_dir / "FashionMNIST" / "raw")
+        constructor = getattr(datasets, class_name)
+        parts = []
+        for values in zip(*split_argument.values(), strict=True):
+            arguments = dict(zip(split_argument, values, strict=True))
+            part = constructor(str(data_dir), download=True, **arguments)
+            labels = part.labels if class_name == "SVHN" else part.targets
+            # torchvision's SVHN is the only one with the channels in front.
+            images = part.data.transpose(0, 2, 3, 1) if class_name == "SVHN" else part.data
+            parts.append((np.asarray(images), np.asarray(labels)))
+        classes = getattr(part, "classes", [str(digit) for digit in range(10)])
+        return (*parts, classes)
+
+    return read
+
+
+def _use_debian_package(raw: Path) -> None:
+    """Puts the files of Debian's dataset-fashion-mnist where torchvision looks for its downloads.
+
+    torchvision then finds the archives complete, verifies their checksums and downloads nothing.
+    """
+    if DEBIAN_FASHION_MNIST.is_dir():
+        raw.mkdir(parents=True, exist_ok=True)
+        for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
+            if not (raw / archive.name).exists():
+                shutil.copy(archive, raw / archive.name)
+
+
+def _imagefolder(data_dir: Path, image_size: int | None):
+    from torchvision.datasets import ImageFolder
+
+    for part in ("train", "test"):
+        if not (data_dir / part).is_dir():
+            raise InputError(
+                f"no folder {data_dir / part}: --dataset imagefolder reads "
+                "--data_dir with train/<class>/<image> and test/<class>/<image>"
+            )
+    parts = []
+    for part in ("train", "test"):
+        try:
+            folder = ImageFolder(str(data_dir / part))
+        except FileNotFoundError as error:  # torchvision names the empty classes
+            raise InputError(f"{data_dir / part}: {error}") from None
+        parts.append(folder)
+    train, test = parts
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(
+            f"{data_dir}: train and test must hold the same classes; only one of them has "
+            + ", ".join(map(repr, differing[:5]))
+        )
+    sizes: dict[tuple[int, ...], str] = {}
+    arrays = []
+    for folder in parts:
+        images = []
+        for path, _ in folder.samples:
+            images.append(_read_image(path, image_size))
+            sizes.setdefault(images[-1].shape, path)
+            if len(sizes) > 1:
+                (a, first), (b, second) = sizes.items()
+                raise InputError(
+                    f"images of unequal size: {first} is {a[1]}x{a[0]}, {second} is {b[1]}x{b[0]}; "
+                    "give --image_size N to bring all of them to N x N pixels"
+                )
+        arrays.append((np.stack(images), np.asarray(folder.targets)))
+    return (*arrays, train.classes)
+
+
+def _read_image(path: str, image_size: int | None) -> np.ndarray:
+    """uint8 (H, W, 3); with image_size scaled and centre-cropped to (image_size, image_size, 3)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"cannot read the image {path}: {error}") from None
+    if image_size:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+READERS: dict[str, Callable] = {
+    "digits": _digits,
+    "mnist": _torchvision("MNIST", train=(True, False)),
+    "fashionmnist": _torchvision("FashionMNIST", train=(True, False)),
+    "cifar10": _torchvision("CIFAR10", train=(True, False)),
+    "cifar100": _torchvision("CIFAR100", train=(True, False)),
+    "svhn": _torchvision("SVHN", split=("train", "test")),
+    "imagefolder": _imagefolder,
+}
+
+
+def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
+    """Reads a data set, downloading it into data_dir if torchvision knows it and it is not there.
+
+    name: a key of READERS. image_size: None, or the side in pixels that all images are brought to.
+    Raises InputError if the files are missing and cannot be downloaded, or are not what they
+    should be.
+    """
+    data_dir = Path(data_dir)
+    try:
+        train, test, classes = READERS[name](data_dir, image_size)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        packaged = ", or install Debian's dataset-fashion-mnist" if name == "fashionmnist" else ""
+        raise InputError(
+            f"no {name} data in {data_dir.resolve()} and no download ({error}); run once with a "
+            f"network, or put the files that torchvision expects there{packaged}"
+        ) from None
+
+    def both(part: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([train[part], test[part]]))
+
+    images, labels = both(0), both(1).long()
+    if images.ndim == 3:
+        images = images.unsqueeze(-1)
+    if image_size and images.shape[1:3] != (image_size, image_size):
+        images = _resize(images, image_size)
+    return ImageData(name, images.contiguous(), labels, tuple(classes), train_size=len(train[0]))
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Bilinear, with antialiasing; in portions, because the float copy is several times larger."""
+    resized = [
+        F.interpolate(
+            portion.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True
+        )
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        for portion in images.split(1024)
+    ]
+    return torch.cat(resized)
+
+
+# ------------------------------------------------------------------------------------------ splits
+
+
+class Splits(NamedTuple):
+    """Positions in ImageData.images, int64, on the CPU."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the indices of each split, which a checkpoint carries."""
+        return {
+            name: hashlib.sha256(indices.numpy().tobytes()).hexdigest()
+            for name, indices in self._asdict().items()
+        }
+
+
+def generator(seed: int, *purpose: int) -> torch.Generator:
+    """A random stream of its own for each seed and purpose.
+
+    Split, order and augmentation never draw from the global stream, so they cannot depend on how
+    many numbers a network or a method has drawn: runs of one seed are paired.
+    """
+    state = np.random.SeedSequence([seed, *purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def split(data: ImageData, tr_size: float, seed: int) -> Splits:
+    """Divides the official training images at random; the official test images stay untouched.
+
+    tr_size: share in (0, 1) that is trained on, the rest is for validation. The same for every
+    method of a seed.
+    """
+    count = round(tr_size * data.train_size)
+    if not 0 < count < data.train_size:
+        raise InputError(
+            f"--tr_size {tr_size} leaves the training or the validation split of "
+            f"{data.train_size} images empty; a share between {1 / data.train_size:.2g} and "
+            f"{1 - 1 / data.train_size:.6g} would do"
+        )
+    order = torch.randperm(data.train_size, generator=generator(seed, 0))
+    test = torch.arange(data.train_size, len(data.images))
+    return Splits(order[:count].sort().values, order[count:].sort().values, test)
+
+
+def reload(
+    description: dict, data_dir: str | Path, device: torch.device
+) -> tuple[ImageData, Splits]:
+    """The data and the splits that a checkpoint's network was trained with, on the device.
+
+    description: Checkpoint.data. Raises InputError if the images found, or the splits drawn from
+    them, are not those of the checkpoint: then a test image could be one that was trained on.
+    """
+    name = description["dataset"]
+    if name not in READERS:
+        raise InputError(f"unknown data set {name!r}; one of {', '.join(READERS)} expected")
+    data = _reload(name, str(data_dir), description["image_size"], device)
+    if data.fingerprint != description["fingerprint"]:
+        raise InputError(
+            f"the {name} images in {data_dir} are not those that the checkpoint was trained with; "
+            "give the --data_dir of its training"
+        )
+    splits = split(data, description["tr_size"], description["seed"])
+    if splits.hashes() != description["splits"]:
+        raise InputError(
+            f"the splits of {name} drawn from seed {description['seed']} are not those that the "
+            "checkpoint names; it is damaged or of another version of these scripts"
+        )
+    return data, splits
+
+
+@lru_cache(maxsize=1)  # many checkpoints of one data set are evaluated in a row
+def _reload(name: str, data_dir: str, image_size: int | None, device: torch.device) -> ImageData:
+    return load(name, data_dir, image_size).to(device)
+
+
+def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over the given images, pixels in [0, 1]."""
+    total = torch.zeros(2, data.images.shape[-1], dtype=torch.float64)
+    for portion in indices.split(4096):
+        pixels = data.images[portion.to(data.images.device)].double() / 255
+        total += torch.stack([pixels.sum((0, 1, 2)), pixels.square().sum((0, 1, 2))]).cpu()
+    mean, square = total / (len(indices) * data.images[0, :, :, 0].numel())
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    # A channel without any variation carries no information; dividing by 1 keeps it finite.
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+class Augmentation(NamedTuple):
+    """padding: zero pixels added on each side before a random crop. flip: left-right, half of the
+    time."""
+
+    padding: int = 0
+    flip: bool = False
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "flip": Augmentation(flip=True),
+    "crop": Augmentation(padding=4),
+    "crop-flip": Augmentation(padding=4, flip=True),
+}
+
+
+class Batch(NamedTuple):
+    """images: uint8 (B, C, H, W), channels-last in memory. labels: int64 (B,). indices: int64 (B,),
+    the images' positions in the data set. All on the data's device."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def ordered_batches(data: ImageData, indices: Tensor, batch_size: int) -> Iterator[Batch]:
+    """The images as they are, in the order of the indices: for evaluation."""
+    for chosen in indices.to(data.images.device).split(batch_size):
+        yield Batch(data.images[chosen].permute(0, 3, 1, 2), data.labels[chosen], chosen)
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """A last batch of one image is left out: batch norm has no variance over a single image."""
+    full, rest = divmod(count, batch_size)
+    return full + (rest > 1 or (rest == 1 and full == 0))
+
+
+def shuffled_batches(
+    data: ImageData,
+    indices: Tensor,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    first: int = 0,
+) -> Iterator[Batch]:
+    """One epoch of training batches, from batch number `first` on.
+
+    Order and augmentation are a function of (seed, epoch) alone, drawn on the CPU: the same for
+    every method and device, and an interrupted epoch goes on where it stopped.
+    """
+    device, count = data.images.device, len(indices)
+    stream = generator(seed, 1, epoch)
+    order = indices[torch.randperm(count, generator=stream)].to(device)
+    flips = (torch.rand(count, generator=stream) < 0.5).to(device)
+    shifts = torch.randint(2 * augmentation.padding + 1, (count, 2), generator=stream).to(device)
+    for step in range(first, steps_per_epoch(count, batch_size)):
+        part = slice(step * batch_size, (step + 1) * batch_size)
+        chosen = order[part]
+        images = data.images[chosen]
+        if augmentation.padding:
+            images = _crop(images, shifts[part], augmentation.padding)
+        if augmentation.flip:
+            images = torch.where(flips[part, None, None, None], images.flip(2), images)
+        yield Batch(images.permute(0, 3, 1, 2), data.labels[chosen], chosen)
+
+
+def _crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
+    """Pads uint8 (B, H, W, C) with zeros and cuts (H, W) out at each image's (row, column)."""
+    count, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    device = images.device
+    rows = shifts[:, 0, None] + torch.arange(height, device=device)
+    columns = shifts[:, 1, None] + torch.arange(width, device=device)
+    image = torch.arange(count, device=device)
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]

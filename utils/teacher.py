@@ -1,0 +1,83 @@
+"""Which network teaches, and where it is."""
+
+import argparse
+import sys
+
+import torch
+
+from utils import checkpoint, data_loader
+from utils.checkpoint import Checkpoint
+from utils.data_loader import ImageData, Splits
+from utils.errors import InputError
+from utils.losses import cross_entropy_loss
+from utils.training import Trial, train_trial
+
+VANILLA = "vanilla"
+
+
+def make_cross_entropy(trial: Trial):
+    """The loss of the vanilla network: of Vanilla-cross-entropy.py, and of teachers."""
+
+    def loss(logits, batch):
+        return {"loss": cross_entropy_loss(logits, batch.labels)}
+
+    return loss
+
+
+def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
+    """The teacher of an instance-based method.
+
+    --teacher if it is given; else the vanilla network of the same data set, model and seed, which
+    is trained first when there is none.
+    """
+    if args.teacher:
+        paths = checkpoint.find(args.teacher)
+        if len(paths) > 1:
+            paths = [path for path in paths if path.parent.name == f"seed{trial.seed}"]
+        if len(paths) != 1:
+            raise InputError(
+                f"--teacher names {len(paths)} checkpoints for seed {trial.seed}; give one for all "
+                f"seeds, or one in a folder seed<N> for each"
+            )
+        path = paths[0]
+    else:
+        path = trial.folder(VANILLA) / "best.pt"
+        if not path.with_name("metrics.json").exists():
+            print(f"no vanilla teacher in {path.parent}: it is trained first")
+            train_trial(trial, VANILLA, {}, make_cross_entropy)
+    teacher = checkpoint.load(path, trial.device)
+    check_teacher(teacher, trial.data)
+    warn_of_leak(teacher, trial.data, trial.splits)
+    print(f"teacher: {path}")
+    return teacher
+
+
+def check_teacher(teacher: Checkpoint, data: ImageData) -> None:
+    """Raises InputError unless the teacher was trained on this data set."""
+    there = teacher.data
+    for what, given, expected in (
+        ("the data set", there["dataset"], data.name),
+        ("classes", teacher.model.num_classes, len(data.classes)),
+        ("an input of (channels, height, width)", teacher.model.input_shape, data.input_shape),
+        ("the class names", tuple(there["classes"]), data.classes),
+        ("images with the SHA-256", there["fingerprint"], data.fingerprint),
+    ):
+        if given != expected:
+            raise InputError(
+                f"the teacher {teacher.path} does not fit: it has {what} {given}, "
+                f"and {expected} is needed"
+            )
+
+
+def warn_of_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:
+    """Says so when the teacher was trained on images that validate its student."""
+    if teacher.data["splits"] == splits.hashes():
+        return
+    theirs = data_loader.split(data, teacher.data["tr_size"], teacher.data["seed"])
+    seen = int(torch.isin(splits.validation, theirs.train).sum())
+    print(
+        f"warning: the teacher {teacher.path} was trained on {seen} of the "
+        f"{len(splits.validation)} validation images of this run; validation metrics with it are "
+        "too good, and so is what they select (the teacher's own seed and --tr_size avoid this)",
+        file=sys.stderr,
+    )
