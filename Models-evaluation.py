@@ -11,55 +11,45 @@ CPU:  python Models-evaluation.py runs/fashionmnist/shallownet --device cpu
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-from utils import checkpoint, data_loader, tables
+from utils import checkpoint, tables
 from utils.arguments import Parser, add_evaluation_flags
 from utils.errors import InputError, run
-from utils.evaluate import all_metrics, fit_temperature
-from utils.inference import collect_logits
+from utils.evaluate import all_metrics
+from utils.inference import Evaluated, evaluate_checkpoint
 
 
-def evaluate(path: Path, args) -> list[dict]:
-    """Four tidy rows: the validation and the test split, without and with temperature scaling."""
-    trained = checkpoint.load(path, args.device)
-    data, splits = data_loader.reload(trained.data, args.data_dir, args.device)
-    training, teacher = trained.training, trained.teacher or {}
+def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
+    """Four rows: the validation and the test split, without and with temperature scaling."""
+    training, teacher = evaluated.training, evaluated.teacher or {}
     about = {
-        "checkpoint": str(path),
-        "dataset": data.name,
-        "model": trained.model.name,
+        "checkpoint": str(evaluated.path),
+        "dataset": evaluated.data["dataset"],
+        "model": evaluated.model_name,
         "training": tables.setting(training["method"], training["requested"]),
         "method": training["method"],
         "hyper_parameters": json.dumps(training["hyper_parameters"]),
         "recipe": json.dumps(training["recipe"]),
         "seed": training["seed"],
         "epoch": training["epoch"],
-        "test_images": trained.data["splits"]["test"],
-        "weights": trained.weights_hash,
-        "teacher": teacher["weights"] if trained.is_student else None,
+        "test_images": evaluated.data["splits"]["test"],
+        "weights": evaluated.weights_hash,
+        "teacher": teacher["weights"] if evaluated.is_student else None,
         "teacher_scaling": {True: "yes", False: "no"}.get(teacher.get("scaled")),
         "student_setting": tables.setting("", training["requested"]),
-        "ece_bins": args.ece_bins,
+        "ece_bins": ece_bins,
     }
-    logits, labels = collect_logits(trained.model, data, splits.validation)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        temperature = fit_temperature(logits, labels)
-    for warning in caught:
-        print(f"{path}: {warning.message}", file=sys.stderr)
     rows = []
     for split in ("validation", "test"):
-        if split == "test":
-            logits, labels = collect_logits(trained.model, data, splits.test)
-        for scaling, divisor in (("no", 1.0), ("yes", temperature)):
-            metrics = all_metrics(logits.double() / divisor, labels, args.ece_bins)
+        logits, labels = evaluated.logits[split].double(), evaluated.labels[split]
+        for scaling, temperature in (("no", 1.0), ("yes", evaluated.temperature)):
+            metrics = all_metrics(logits / temperature, labels, ece_bins)
             rows.append(
-                {**about, "split": split, "scaling": scaling, "temperature": divisor, **metrics}
+                {**about, "split": split, "scaling": scaling, "temperature": temperature, **metrics}
             )
     return rows
 
@@ -85,7 +75,10 @@ def main() -> int:
     paths, rows, failures = checkpoint.find(args.checkpoints), [], 0
     for path in tqdm(paths, "evaluating", disable=None, unit="checkpoint"):
         try:
-            rows += evaluate(path, args)
+            evaluated = evaluate_checkpoint(path, args.data_dir, args.device)
+            rows += tidy_rows(evaluated, args.ece_bins)
+            for warning in evaluated.warnings:
+                tqdm.write(f"{path}: {warning}", file=sys.stderr)
         except InputError as error:
             if len(paths) == 1:
                 raise

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import time
 
@@ -246,7 +247,8 @@ def test_help_is_enough_to_work_from(script):
     text = run(script, "--help").out
     assert "GPU:" in text
     assert "CPU:" in text
-    options = text.split("options:")[1].replace("\n", " ").split(" --")[2:]
-    for option in options:
-        required = "--teacher" in f"--{option[:9]}" and script.startswith("Network")
-        assert "default" in option or "off" in option or required, f"no default: --{option}"
+    flags = re.split(r"\n  (?=--)", text.split("options:")[1])[1:]
+    assert len(flags) > 5
+    for flag in flags:
+        required = flag.startswith("--teacher") and script == "Network-distillation.py"
+        assert "default" in flag or "off" in flag or required, f"no default: {flag}"

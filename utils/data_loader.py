@@ -7,9 +7,12 @@ exactly what is on disk and any two networks can look at the same one.
 """
 
 import hashlib
+import os
 import shutil
+import socket
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,87 +86,191 @@ def _torchvision(class_name: str, **split_argument):
     def read(data_dir: Path, image_size: int | None):
         from torchvision import datasets
 
-        if class_name == "FashionMNIST":
-            _use_debian_package(data_dir / "FashionMNIST" / "raw")
         constructor = getattr(datasets, class_name)
-        parts = []
-        for values in zip(*split_argument.values(), strict=True):
-            arguments = dict(zip(split_argument, values, strict=True))
-            part = constructor(str(data_dir), download=True, **arguments)
-            labels = part.labels if class_name == "SVHN" else part.targets
-            # torchvision's SVHN is the only one with the channels in front.
-            images = part.data.transpose(0, 2, 3, 1) if class_name == "SVHN" else part.data
-            parts.append((np.asarray(images), np.asarray(labels)))
-        classes = getattr(part, "classes", [str(digit) for digit in range(10)])
-        return (*parts, classes)
+        try:
+            with _downloading_to(data_dir):
+                if class_name == "FashionMNIST":
+                    _use_debian_package(data_dir / class_name / "raw")
+                parts = [
+                    constructor(str(data_dir), download=True, **dict(zip(split_argument, values)))
+                    for values in zip(*split_argument.values(), strict=True)
+                ]
+            classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
+            train, test = (_arrays(part, len(classes)) for part in parts)
+            if train[0].shape[1:] != test[0].shape[1:]:
+                raise ValueError("training and test images differ in size")
+        except Exception as error:  # torchvision's readers raise a dozen types on damaged files
+            debian = ", or install Debian's dataset-fashion-mnist" * (class_name == "FashionMNIST")
+            raise InputError(
+                f"no usable {class_name} data in {data_dir.resolve()} "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); delete what is "
+                "damaged and run once with a network, or put the files that torchvision expects "
+                f"there{debian}"
+            ) from None
+        return train, test, classes
 
     return read
+
+
+def _arrays(part, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of one of torchvision's data sets.
+
+    Not all of torchvision's files carry a checksum: MNIST's unpacked ones have none.
+    """
+    # SVHN alone says labels for targets and has the channels in front.
+    svhn = hasattr(part, "labels")
+    images = np.asarray(part.data.transpose(0, 2, 3, 1) if svhn else part.data)
+    labels = np.asarray(part.labels if svhn else part.targets)
+    if images.dtype != np.uint8 or not 0 < len(images) == len(labels):
+        raise ValueError(f"{len(images)} images of {images.dtype} for {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels {labels.min()} to {labels.max()} for {num_classes} classes")
+    return images, labels
+
+
+@contextmanager
+def _downloading_to(folder: Path):
+    """One process at a time, as torchvision unpacks in place; and no endless wait for a server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Where nobody can write nobody unpacks, and no lock is needed.
+    lock = FileLock(folder / ".lock") if os.access(folder, os.W_OK) else nullcontext()
+    before = socket.getdefaulttimeout()
+    with lock:
+        socket.setdefaulttimeout(30)
+        try:
+            yield
+        finally:
+            socket.setdefaulttimeout(before)
 
 
 def _use_debian_package(raw: Path) -> None:
     """Puts the files of Debian's dataset-fashion-mnist where torchvision looks for its downloads.
 
     torchvision then finds the archives complete, verifies their checksums and downloads nothing.
+    An archive that has not been unpacked is copied again: an interrupted copy may have left it.
     """
-    if DEBIAN_FASHION_MNIST.is_dir():
-        raw.mkdir(parents=True, exist_ok=True)
-        for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
-            if not (raw / archive.name).exists():
-                shutil.copy(archive, raw / archive.name)
+    for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
+        if not (raw / archive.stem).exists():
+            raw.mkdir(parents=True, exist_ok=True)
+            shutil.copy(archive, raw / archive.name)
+
+
+# Pillow knows more, among them EPS, which it has Ghostscript run as a program.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+SUFFIXES = (*(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"),)
+MAX_PIXELS = 2**25  # of one file; a few working copies of it stay well below 1 GiB
 
 
 def _imagefolder(data_dir: Path, image_size: int | None):
-    from torchvision.datasets import ImageFolder
-
-    for part in ("train", "test"):
-        if not (data_dir / part).is_dir():
+    files = {part: _image_files(data_dir, part) for part in ("train", "test")}
+    for part, other in (("train", "test"), ("test", "train")):
+        if missing := sorted(files[other].keys() - files[part].keys()):
             raise InputError(
-                f"no folder {data_dir / part}: --dataset imagefolder reads "
-                "--data_dir with train/<class>/<image> and test/<class>/<image>"
+                f"{data_dir / part} lacks classes that {data_dir / other} has: "
+                f"{', '.join(map(repr, missing[:5]))}; a folder of images for each class is "
+                "expected in both"
             )
-    parts = []
-    for part in ("train", "test"):
-        try:
-            folder = ImageFolder(str(data_dir / part))
-        except FileNotFoundError as error:  # torchvision names the empty classes
-            raise InputError(f"{data_dir / part}: {error}") from None
-        parts.append(folder)
-    train, test = parts
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise InputError(
-            f"{data_dir}: train and test must hold the same classes; only one of them has "
-            + ", ".join(map(repr, differing[:5]))
-        )
-    sizes: dict[tuple[int, ...], str] = {}
-    arrays = []
-    for folder in parts:
-        images = []
-        for path, _ in folder.samples:
-            images.append(_read_image(path, image_size))
-            sizes.setdefault(images[-1].shape, path)
-            if len(sizes) > 1:
-                (a, first), (b, second) = sizes.items()
+    classes = sorted(files["train"])
+    if len(classes) < 2:
+        raise InputError(f"{data_dir / 'train'} holds {len(classes)} classes, 2 or more expected")
+
+    paths = [path for part in files.values() for name in classes for path in part[name]]
+    labels = [k for part in files.values() for k, name in enumerate(classes) for _ in part[name]]
+    images = np.empty(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata beside sound pixels
+        for position, path in enumerate(paths):
+            image = _read_image(path, image_size)
+            if position == 0:
+                images = np.empty((len(paths), *image.shape), np.uint8)
+            if image.shape != images[0].shape:
+                (height, width), (h, w) = images.shape[1:3], image.shape[:2]
                 raise InputError(
-                    f"images of unequal size: {first} is {a[1]}x{a[0]}, {second} is {b[1]}x{b[0]}; "
-                    "give --image_size N to bring all of them to N x N pixels"
+                    f"images of unequal size: {str(paths[0])!r} is {width}x{height}, "
+                    f"{str(path)!r} is {w}x{h}; give --image_size N to bring all of them to N x N "
+                    "pixels"
                 )
-        arrays.append((np.stack(images), np.asarray(folder.targets)))
-    return (*arrays, train.classes)
+            images[position] = image
+    count = sum(map(len, files["train"].values()))
+    return (images[:count], labels[:count]), (images[count:], labels[count:]), classes
 
 
-def _read_image(path: str, image_size: int | None) -> np.ndarray:
-    """uint8 (H, W, 3); with image_size scaled and centre-cropped to (image_size, image_size, 3)."""
+def _image_files(data_dir: Path, part: str) -> dict[str, list[Path]]:
+    """The images of each class, which is a folder, at any depth below it.
+
+    Hidden files and other kinds of files are passed over. Links may lead to files inside data_dir:
+    a folder of images from elsewhere must not bring in what is private here.
+    """
+    folder, root = data_dir / part, os.path.realpath(data_dir)
+
+    def refuse_link(path: Path) -> None:
+        outside = not Path(os.path.realpath(path)).is_relative_to(root)
+        if path.is_symlink() and (path.is_dir() or outside):
+            raise InputError(
+                f"{str(path)!r} is a link to a folder, or leads outside {data_dir}; copies, or "
+                "links to files inside, expected"
+            )
+
+    if not folder.is_dir():
+        raise InputError(
+            f"no folder {folder}: --dataset imagefolder reads --data_dir with "
+            "train/<class>/<image> and test/<class>/<image>"
+        )
+    refuse_link(folder)
+    found = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        images = []
+        for path in (entry, *sorted(entry.rglob("*"))):
+            refuse_link(path)
+            kind = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+            if kind and not path.is_dir():
+                images.append(path)
+        if not images:
+            raise InputError(
+                f"the class {str(entry)!r} holds no image; at least one file expected that ends in "
+                + ", ".join(SUFFIXES)
+            )
+        # Names need not be UTF-8 on Linux, but must be to be printed and stored.
+        found[os.fsencode(entry.name).decode("utf-8", "backslashreplace")] = images
+    return found
+
+
+def _read_image(path: Path, image_size: int | None) -> np.ndarray:
+    """uint8 (H, W, 3), upright; with image_size scaled and centre-cropped to a square of it.
+
+    Of several frames the first is taken.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"cannot read the image {path}: {error}") from None
+        if not path.is_file():  # reading a pipe would never end
+            raise ValueError("it is not a regular file")
+        with Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(
+                    f"it has {file.width}x{file.height} pixels, at most {MAX_PIXELS} expected"
+                )
+            image = _to_rgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
+        raise InputError(f"cannot use the image {str(path)!r}: {error}") from None
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of grey, palette, CMYK and 16-bit images; what is transparent lies on white."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255, which is near black
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("it has 32-bit pixels, at most 16 bits expected")
+        image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("it has floating-point pixels, 8 or 16 bits expected")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 READERS: dict[str, Callable] = {
@@ -183,17 +291,10 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
     Raises InputError if the files are missing and cannot be downloaded, or are not what they
     should be.
     """
-    data_dir = Path(data_dir)
     try:
-        train, test, classes = READERS[name](data_dir, image_size)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        packaged = ", or install Debian's dataset-fashion-mnist" if name == "fashionmnist" else ""
-        raise InputError(
-            f"no {name} data in {data_dir.resolve()} and no download ({error}); run once with a "
-            f"network, or put the files that torchvision expects there{packaged}"
-        ) from None
+        train, test, classes = READERS[name](Path(data_dir), image_size)
+    except (OSError, MemoryError) as error:
+        raise InputError(f"cannot read the {name} data in {data_dir}: {error}") from None
 
     def both(part: int) -> Tensor:
         return torch.from_numpy(np.concatenate([train[part], test[part]]))
@@ -299,12 +400,14 @@ def _reload(name: str, data_dir: str, image_size: int | None, device: torch.devi
 
 def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over the given images, pixels in [0, 1]."""
-    total = torch.zeros(2, data.images.shape[-1], dtype=torch.float64)
-    for portion in indices.split(4096):
-        pixels = data.images[portion.to(data.images.device)].double() / 255
-        total += torch.stack([pixels.sum((0, 1, 2)), pixels.square().sum((0, 1, 2))]).cpu()
-    mean, square = total / (len(indices) * data.images[0, :, :, 0].numel())
-    std = (square - mean.square()).clamp(min=0).sqrt()
+    counts = torch.zeros(data.images.shape[-1], 256, dtype=torch.int64)
+    for portion in indices.split(512):
+        pixels = data.images[portion.to(data.images.device)].flatten(0, 2)
+        counts += torch.stack([c.bincount(minlength=256) for c in pixels.unbind(1)]).cpu()
+    # From whole numbers on, the result is the same bits on every device.
+    shares, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
     # A channel without any variation carries no information; dividing by 1 keeps it finite.
     return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
 

@@ -199,7 +199,8 @@ def calibrated_ece_by_chance(
     _check_integer("draws", draws, least=1)
     _check_integer("seed", seed, least=0)
     edges = _edges(bins)
-    confidence, _ = _top_label(logits, None)
+    logits = _checked_logits(logits)
+    confidence, _ = _top_label(logits, torch.zeros(len(logits), dtype=torch.int64))
     index = _bin_index(confidence, edges)
     expected = torch.bincount(index, confidence, minlength=bins)
     generator = torch.Generator().manual_seed(int(seed))
@@ -308,45 +309,47 @@ def _check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def _checked(logits: Array, labels: Array | None) -> tuple[Tensor, Tensor]:
-    """Both as CPU tensors of the promised type and shape; labels (None: all 0) as int64."""
+def _checked_logits(logits: Array) -> Tensor:
     logits = _tensor("logits", logits)
     shape = tuple(logits.shape)
     if logits.ndim != 2 or shape[0] < 1 or shape[1] < 2:
         raise ValueError(f"logits must have shape (N, K) with N >= 1 and K >= 2, got {shape}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating-point numbers, got {logits.dtype}")
-    if labels is None:
-        return logits, torch.zeros(shape[0], dtype=torch.int64)
+    return logits
+
+
+def _checked_labels(labels: Array, rows: int, classes: int) -> Tensor:
     labels = _tensor("labels", labels)
-    if labels.shape != (shape[0],):
+    if labels.shape != (rows,):
         raise ValueError(
-            f"labels must have shape ({shape[0]},), one for each row of the logits {shape}, "
+            f"labels must have shape ({rows},), one for each row of the logits, "
             f"got {tuple(labels.shape)}"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     labels = labels.long()
-    bad = ((labels < 0) | (labels >= shape[1])).nonzero()
+    bad = ((labels < 0) | (labels >= classes)).nonzero()
     if len(bad):
         row = int(bad[0])
         raise ValueError(
-            f"labels must be in [0, {shape[1]}), the classes of the logits {shape}, "
+            f"labels must be in [0, {classes}), a class for each column of the logits, "
             f"got {int(labels[row])} in row {row}"
         )
-    return logits, labels
+    return labels
 
 
-def _chunks(logits: Array, labels: Array | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(logits: Array, labels: Array) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Check the arguments and yield them a few rows at a time, as (z, y, correct):
 
     z (n, K), float64 on the CPU, a fresh copy with each row's largest logit subtracted: exact for
     softmax, safe for exp, and blind to an offset. y (n,), int64. correct (n,), bool.
     """
-    logits, labels = _checked(logits, labels)
+    logits = _checked_logits(logits)
+    labels = _checked_labels(labels, *logits.shape)
     rows = max(1, CHUNK // logits.shape[1])
     for start in range(0, len(logits), rows):
-        z = logits[start : start + rows].to(torch.float64, copy=True)
+        z = logits[start : start + rows].contiguous().to(torch.float64, copy=True)
         # A sum is finite only if all its terms are; the reverse fails for terms near 1e308, so
         # only a sum that is not finite is worth a look at each row.
         if not math.isfinite(float(z.sum())):
@@ -400,7 +403,7 @@ def _classwise_excess(p: Tensor, y: Tensor, edges: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ for all rows
 
 
-def _top_label(logits: Array, labels: Array | None) -> tuple[Tensor, Tensor]:
+def _top_label(logits: Array, labels: Array) -> tuple[Tensor, Tensor]:
     """Confidence (N,), float64, and whether the prediction is right (N,), bool."""
     rows = [(1 / z.exp_().sum(1), correct) for z, _, correct in _chunks(logits, labels)]
     confidence, correct = zip(*rows, strict=True)
