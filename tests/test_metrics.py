@@ -473,27 +473,24 @@ def test_temperature_is_blind_to_an_offset(dtype):
 
 
 class Given(ClassifierMixin, BaseEstimator):
-    """A trained network, to scikit-learn: its decision function returns the logits it is given."""
-
-    def __init__(self, classes=3):
-        self.classes = classes
+    """A trained network, as scikit-learn sees it: its decision function is given the logits."""
 
     def fit(self, x, y):
+        self.classes_ = np.unique(y)
         return self
-
-    @property
-    def classes_(self):
-        return np.arange(self.classes)
 
     def decision_function(self, x):
         return x
+
+    def predict(self, x):
+        return x.argmax(1)
 
 
 @pytest.mark.parametrize("true", [0.2, 1.0, 5.0])
 @pytest.mark.parametrize("classes", [3, 10])
 def test_temperature_matches_scikit_learn(true, classes):
     logits, labels = sample(1000, classes, temperature=true)
-    given = FrozenEstimator(Given(classes).fit(None, None))
+    given = FrozenEstimator(Given().fit(logits.numpy(), labels.numpy()))
     fitted = CalibratedClassifierCV(given, method="temperature")
     fitted.fit(logits.numpy(), labels.numpy())
     theirs = 1 / fitted.calibrated_classifiers_[0].calibrators[0].beta_

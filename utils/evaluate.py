@@ -46,9 +46,9 @@ from torch import Tensor
 
 Array = Tensor | np.ndarray
 
-# Logits held in float64 at one time, 8 MiB: a small share of what a large split takes, and few
-# enough chunks that starting and joining the threads of each operation costs next to nothing.
-CHUNK = 2**20
+# Logits held in float64 at one time, 2 MiB: small next to a split, and large enough for the cost
+# of starting and joining threads to be small next to the work.
+CHUNK = 2**18
 
 # fit_temperature looks here. Over this range softmax(z/T) goes from one-hot to uniform for every
 # spread of logits between 1e-4 and 1e4.
@@ -60,7 +60,7 @@ LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-6, 1e6
 
 def accuracy(logits: Array, labels: Array) -> float:
     """Share of images whose largest logit is the label's, mean(a); in [0, 1], larger is better."""
-    hits = sum(int(correct.sum()) for _, _, correct in _chunks(logits, labels))
+    hits = sum(int(correct.sum()) for _, _, _, correct in _chunks(logits, labels))
     return hits / len(logits)
 
 
@@ -72,7 +72,7 @@ def top_k_accuracy(logits: Array, labels: Array, k: int = 5) -> float:
     """
     _check_integer("k", k, least=1)
     hits = 0
-    for z, y, _ in _chunks(logits, labels):
+    for _, z, y, _ in _chunks(logits, labels):
         if k > z.shape[1]:
             raise ValueError(f"k must be at most the number of classes, {z.shape[1]}, got {k}")
         hits += int(_in_top_k(z, y, k).sum())
@@ -85,7 +85,7 @@ def log_loss(logits: Array, labels: Array) -> float:
     Taken from the logits and never from p, so that it stays finite where p_y underflows to 0.
     """
     total = sum(
-        float(_log_losses(z, y, z.exp().sum(1)).sum()) for z, y, _ in _chunks(logits, labels)
+        float(_log_losses(z, y, z.exp().sum(1)).sum()) for _, z, y, _ in _chunks(logits, labels)
     )
     return total / len(logits)
 
@@ -96,7 +96,7 @@ def brier_score(logits: Array, labels: Array) -> float:
     Brier, Verification of forecasts expressed in terms of probability, 1950. Smaller is better.
     For K = 2 it is twice the binary score that looks at one class only.
     """
-    total = sum(_brier(_softmax(z)[0], y) for z, y, _ in _chunks(logits, labels))
+    total = sum(_brier(_softmax(z)[0], y) for _, z, y, _ in _chunks(logits, labels))
     return total / len(logits)
 
 
@@ -152,7 +152,9 @@ def classwise_calibration_error(logits: Array, labels: Array, bins: int = 10) ->
     best. Most p_k of many classes are near 0, so values are small: compare at equal K only.
     """
     edges = _edges(bins)
-    excess = sum(_classwise_excess(_softmax(z)[0], y, edges) for z, y, _ in _chunks(logits, labels))
+    excess = sum(
+        _classwise_excess(_softmax(z)[0], y, edges) for _, z, y, _ in _chunks(logits, labels)
+    )
     return _classwise(excess, len(logits))
 
 
@@ -222,18 +224,18 @@ def all_metrics(logits: Array, labels: Array, bins: int = 10) -> dict[str, float
     mce, rmsce, ks, aurc. Each equals the function of the full name with these arguments.
     """
     edges = _edges(bins)
+    logits = _checked_logits(logits)
+    confidence = torch.empty(len(logits), dtype=torch.float64)
+    correct = torch.empty(len(logits), dtype=torch.bool)
     top5 = total_log_loss = total_brier = excess = 0
-    confidences, corrects = [], []
-    for z, y, correct in _chunks(logits, labels):
+    for rows, z, y, right in _chunks(logits, labels):
         p, normaliser = _softmax(z)
+        confidence[rows], correct[rows] = 1 / normaliser, right
         top5 += int(_in_top_k(z, y, 5).sum())
         total_log_loss += float(_log_losses(z, y, normaliser).sum())
         excess += _classwise_excess(p, y, edges)
         total_brier += _brier(p, y)  # last, as it overwrites p
-        confidences.append(1 / normaliser)
-        corrects.append(correct)
-    confidence, correct = torch.cat(confidences), torch.cat(corrects)
-    n, classes = len(confidence), len(excess)
+    n, classes = logits.shape
     binned = _calibration_bins(confidence, correct, edges)
     ranked = _by_confidence(confidence, correct)
     return {
@@ -266,7 +268,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     - g < 0 still at T = 1e-6, for logits of next to no spread. Returns 1e-6.
     """
     # _chunks subtracts each row's largest logit: a label that has it is left with 0.
-    if all(float(z.gather(1, y[:, None]).min()) == 0 for z, y, _ in _chunks(logits, labels)):
+    if all(float(z.gather(1, y[:, None]).min()) == 0 for _, z, y, _ in _chunks(logits, labels)):
         warnings.warn(
             "fit_temperature: every label has the largest logit, so the log loss has no minimum "
             "(it falls until T = 0); returning T = 1.0",
@@ -276,7 +278,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 
     def slope(log_b: float) -> float:
         total = 0.0
-        for z, y, _ in _chunks(logits, labels):
+        for _, z, y, _ in _chunks(logits, labels):
             weight = (z * math.exp(log_b)).exp_()
             mean = (weight * z).sum(1) / weight.sum(1)
             total += float((mean - z.gather(1, y[:, None]).squeeze(1)).sum())
@@ -339,30 +341,31 @@ def _checked_labels(labels: Array, rows: int, classes: int) -> Tensor:
     return labels
 
 
-def _chunks(logits: Array, labels: Array) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Check the arguments and yield them a few rows at a time, as (z, y, correct):
+def _chunks(logits: Array, labels: Array) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Check the arguments and yield them a few rows at a time, as (rows, z, y, correct):
 
-    z (n, K), float64 on the CPU, a fresh copy with each row's largest logit subtracted: exact for
-    softmax, safe for exp, and blind to an offset. y (n,), int64. correct (n,), bool.
+    rows, where in the whole they lie. z (n, K), float64, a copy with each row's largest logit
+    subtracted: the same softmax, safe for exp, and blind to an offset; free to be overwritten,
+    as the next chunk will. y (n,), int64. correct (n,), bool.
     """
     logits = _checked_logits(logits)
     labels = _checked_labels(labels, *logits.shape)
-    rows = max(1, CHUNK // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        z = logits[start : start + rows].contiguous().to(torch.float64, copy=True)
+    size = max(1, CHUNK // logits.shape[1])
+    buffer = torch.empty(min(size, len(logits)), logits.shape[1], dtype=torch.float64)
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        y = labels[rows]
+        z = buffer[: len(y)].copy_(logits[rows])
         # A sum is finite only if all its terms are; the reverse fails for terms near 1e308, so
         # only a sum that is not finite is worth a look at each row.
         if not math.isfinite(float(z.sum())):
             bad = (~z.isfinite().all(1)).nonzero()
             if len(bad):
                 row = int(bad[0])
-                raise ValueError(
-                    f"logits must be finite, got {z[row][~z[row].isfinite()][0]} "
-                    f"in row {start + row}"
-                )
-        y = labels[start : start + rows]
+                value = float(z[row][~z[row].isfinite()][0])
+                raise ValueError(f"logits must be finite, got {value} in row {start + row}")
         largest, prediction = z.max(1, keepdim=True)
-        yield z.sub_(largest), y, prediction.squeeze(1) == y
+        yield rows, z.sub_(largest), y, prediction.squeeze(1) == y
 
 
 # ------------------------------------------------------------------------------ for a chunk
@@ -405,9 +408,14 @@ def _classwise_excess(p: Tensor, y: Tensor, edges: Tensor) -> Tensor:
 
 def _top_label(logits: Array, labels: Array) -> tuple[Tensor, Tensor]:
     """Confidence (N,), float64, and whether the prediction is right (N,), bool."""
-    rows = [(1 / z.exp_().sum(1), correct) for z, _, correct in _chunks(logits, labels)]
-    confidence, correct = zip(*rows, strict=True)
-    return torch.cat(confidence), torch.cat(correct)
+    logits = _checked_logits(logits)
+    # Filled in place: small tensors kept from each chunk would break up the memory that the
+    # chunks are to reuse, and the process would grow by the size of the split.
+    confidence = torch.empty(len(logits), dtype=torch.float64)
+    correct = torch.empty(len(logits), dtype=torch.bool)
+    for rows, z, _, right in _chunks(logits, labels):
+        confidence[rows], correct[rows] = 1 / z.exp_().sum(1), right
+    return confidence, correct
 
 
 def _edges(bins: int) -> Tensor:
