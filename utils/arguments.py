@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from models import MODELS, canonical_name, model_names
+from utils.checkpoint import MAX_SIDE
 from utils.data_loader import AUGMENTATIONS, READERS
 from utils.errors import InputError
 
@@ -28,6 +30,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
+        message = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
 
@@ -92,12 +95,9 @@ def device(text: str) -> torch.device:
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "auto":
         return torch.device("cuda" if available else "cpu")
-    try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} given, auto, cpu, cuda or cuda:N expected")
+    chosen = torch.device(text)
     if chosen.type == "cuda" and (chosen.index or 0) >= available:
         raise argparse.ArgumentTypeError(
             f"{text!r} given, but {available} CUDA devices are available here; cpu would do"
@@ -184,11 +184,18 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         "float32 on the CPU; losses are float32 always (default: %(default)s)",
     )
 
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits each time on CUDA too, at a cost in speed; on the CPU that is so "
+        "without it (default: off)",
+    )
+
     group = parser.add_argument_group("runs and files")
     add = group.add_argument
     add(
         "--seed",
-        type=non_negative_int,
+        type=number(int, 0, 10**9),
         default=0 if defaults == "training" else None,
         metavar="N",
         help="of the split, the initial weights, the order of the images and the "
@@ -253,7 +260,7 @@ def add_data_flags(parser: Parser) -> None:
     )
     add(
         "--image_size",
-        type=positive_int,
+        type=number(int, 1, MAX_SIDE),
         metavar="PIXELS",
         help="bring all images to this height and width (default: off, as they are)",
     )
@@ -330,6 +337,7 @@ def recipe(args: argparse.Namespace, dataset: str, tr_size: float) -> dict:
         "estop": args.estop,
         "augment": augment,
         "precision": precision,
+        "deterministic": args.deterministic,
         "tr_size": tr_size,
     }
 

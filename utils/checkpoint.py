@@ -6,12 +6,19 @@ pickle's powers (weights_only=True), and nothing is written in place.
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 import platform
+import re
+import reprlib
 import subprocess
 import sys
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +28,7 @@ import torchvision
 from torch import nn
 
 from models import MODELS, build_model
+from utils.data_loader import READERS
 from utils.errors import InputError
 
 FORMAT = 1
@@ -29,10 +37,14 @@ FORMAT = 1
 # ----------------------------------------------------------------------------------------- writing
 
 
-def write_file(path: Path, write) -> None:
-    """Calls write(binary file) on a temporary file and renames it, so that path is always whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_file(path: Path, write: Callable) -> None:
+    """Calls write(binary file) on a temporary file and renames it, so that path is always whole.
+
+    Its folder is made if need be. Raises InputError, on a full disk for instance.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -41,7 +53,15 @@ def write_file(path: Path, write) -> None:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}; any earlier file is untouched") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what write_file leaves when it is killed; for one who holds the folder."""
+    for temporary in folder.glob(".*.[0-9]*.tmp"):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,7 +73,18 @@ def write_json(path: Path, content) -> None:
 
 
 def write_tensors(path: Path, content: dict) -> None:
-    write_file(path, lambda file: torch.save(content, file))
+    # By way of memory: torch.save makes of a full disk a RuntimeError that says nothing of it.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error}") from None
+    write_file(target, lambda file: file.write(content))
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -66,7 +97,8 @@ class Checkpoint:
     path: Path
     model: nn.Module
     training: dict  # method, hyper_parameters, requested, seed, epoch, recipe
-    data: dict  # dataset, classes, image_size, tr_size, seed, fingerprint, splits, normalisation
+    # dataset, classes, image_size, tr_size, seed, fingerprint, splits, normalisation, input_shape
+    data: dict
     teacher: dict | None
     temperature: float  # fitted to the validation split
     metrics: dict  # of the validation split
@@ -113,7 +145,10 @@ def read_tensors(path: Path) -> dict:
     if not path.exists():
         raise InputError(f"no checkpoint {path}; the training scripts write best.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types on files that are not its own
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(f"{path} is not a whole checkpoint of these scripts: {reason}") from None
@@ -122,10 +157,19 @@ def read_tensors(path: Path) -> dict:
     return content
 
 
+def _check_archive(path: Path) -> None:
+    """torch.save stores its files uncompressed: what claims to unpack to more is no work of it."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(file.file_size for file in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it unpacks to more than its size")
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Rebuilds the network that a best.pt describes, in evaluation mode on the device.
 
-    Raises InputError, in one line, if the file is missing, damaged, or of another kind.
+    Raises InputError, in one line, if the file is missing, damaged, or of another kind. Nothing in
+    it is believed before it is checked, and no memory is taken for a network before its weights
+    are known to be there.
     """
     path = Path(path)
     content = read_tensors(path)
@@ -135,26 +179,145 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
             "would do"
         )
     try:
+        _check_fields(content)
         described = content["model"]
-        if described["name"] not in MODELS:
-            raise ValueError(f"unknown model {described['name']!r}")
-        with torch.random.fork_rng(devices=[]):  # initial weights must not move anybody's stream
+        with torch.device("meta"):  # shapes alone: no memory, and nobody's random numbers
             model = build_model(
                 described["name"], tuple(described["input_shape"]), described["num_classes"]
             )
-        model.load_state_dict(content["weights"])
-        return Checkpoint(
-            path=path,
-            model=model.to(device, memory_format=torch.channels_last).eval(),
-            training=dict(content["training"]),
-            data=dict(content["data"]),
-            teacher=content["teacher"],
-            temperature=float(content["temperature"]),
-            metrics=dict(content["metrics"]),
-        )
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {reason}") from None
+        _check_weights(content["weights"], model.state_dict(), path.stat().st_size)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+    model.load_state_dict(content["weights"], assign=True)
+    return Checkpoint(
+        path=path,
+        model=model.to(device, memory_format=torch.channels_last).eval(),
+        training=content["training"],
+        data={**content["data"], "input_shape": model.input_shape},
+        teacher=content["teacher"],
+        temperature=content["temperature"],
+        metrics=content["metrics"],
+    )
+
+
+def _check_weights(weights: dict, expected: dict[str, torch.Tensor], file_size: int) -> None:
+    """Raises ValueError unless these are weights that the network can take and compute with."""
+    if weights.keys() != expected.keys():
+        differing = sorted(map(reprlib.repr, weights.keys() ^ expected.keys()))
+        raise ValueError(f"weights are missing or not the network's: {', '.join(differing[:3])}")
+    for name, tensor in weights.items():
+        here = (tensor.dtype, tuple(tensor.shape), tensor.layout)
+        there = (expected[name].dtype, tuple(expected[name].shape), torch.strided)
+        if here != there:
+            raise ValueError(f"weights {name} are {here}, {there} expected")
+    # Strides of zero make a tensor of any size out of one number.
+    if sum(tensor.nbytes for tensor in weights.values()) > file_size:
+        raise ValueError("its weights are larger than the file")
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"weights {name} are not finite")
+        if name == "std" or name.endswith("running_var"):
+            positive = tensor > 0 if name == "std" else tensor >= 0
+            if not positive.all():
+                raise ValueError(f"weights {name} must not be negative, nor std zero")
+
+
+# What the fields of a checkpoint may be. They end up in paths, tables and messages, so words are
+# plain words; numbers are finite; and sizes are such that a network of them can exist.
+MAX_CLASSES, MAX_SIDE = 100_000, 4096
+
+
+def _whole(low: int, high: int = 2**63 - 1) -> Callable:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _real(low: float, high: float = math.inf) -> Callable:
+    """Between the bounds, which are left out."""
+    return lambda value: type(value) is float and low < value < high
+
+
+def _word(value) -> bool:
+    return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+-]{1,100}", value) is not None
+
+
+def _sha256(value) -> bool:
+    return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _list_of(accepted: Callable, lengths: Callable = lambda length: length > 0) -> Callable:
+    return lambda value: type(value) is list and lengths(len(value)) and all(map(accepted, value))
+
+
+def _dict_of(accepted: Callable) -> Callable:
+    return lambda value: (
+        type(value) is dict and all(map(_word, value)) and all(map(accepted, value.values()))
+    )
+
+
+def _number(value) -> bool:
+    return type(value) is bool or _whole(-(2**63))(value) or _real(-math.inf)(value)
+
+
+def _plain(value) -> bool:
+    return value is None or _number(value) or _word(value)
+
+
+def _values(value) -> bool:
+    return _list_of(_number)(value) or _list_of(_word)(value)
+
+
+def _check_fields(content: dict) -> None:
+    """Raises ValueError naming the first field that cannot be what `contents` put there."""
+    fields = {
+        "model.name": (lambda value: _word(value) and value in MODELS, "a network's name"),
+        "model.num_classes": (_whole(2, MAX_CLASSES), f"2 to {MAX_CLASSES}"),
+        "model.input_shape": (
+            _list_of(_whole(1, MAX_SIDE), lambda length: length == 3),
+            f"[channels, height, width], each 1 to {MAX_SIDE}",
+        ),
+        "weights": (
+            lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
+            "a dictionary of tensors",
+        ),
+        "training.method": (_word, "a name"),
+        "training.hyper_parameters": (_dict_of(_plain), "a dictionary of plain values"),
+        "training.requested": (_dict_of(_values), "a dictionary of lists of numbers or of names"),
+        "training.seed": (_whole(0), "a whole number"),
+        "training.epoch": (_whole(1), "a whole number from 1 on"),
+        "training.recipe": (_dict_of(_plain), "a dictionary of plain values"),
+        "data.dataset": (lambda value: _word(value) and value in READERS, "a data set's name"),
+        "data.classes": (_list_of(lambda value: type(value) is str), "a list of names"),
+        "data.image_size": (
+            lambda value: value is None or _whole(1, MAX_SIDE)(value),
+            f"None or 1 to {MAX_SIDE}",
+        ),
+        "data.tr_size": (_real(0, 1), "a number in (0, 1)"),
+        "data.seed": (_whole(0), "a whole number"),
+        "data.fingerprint": (_sha256, "a SHA-256"),
+        "data.splits.train": (_sha256, "a SHA-256"),
+        "data.splits.validation": (_sha256, "a SHA-256"),
+        "data.splits.test": (_sha256, "a SHA-256"),
+        "data.normalisation.mean": (_list_of(_real(-math.inf)), "a list of numbers"),
+        "data.normalisation.std": (_list_of(_real(0)), "a list of positive numbers"),
+        "teacher": (
+            lambda value: value is None or _dict_of(_plain)(value),
+            "None, or plain values",
+        ),
+        "temperature": (_real(0), "a positive number"),
+        "metrics.validation": (_dict_of(_plain), "a dictionary of plain values"),
+    }
+    if content.get("teacher") is not None:
+        fields["teacher.weights"] = (_sha256, "a SHA-256")
+    for name, (accepted, expected) in fields.items():
+        value = content
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"it has no {name}")
+            value = value[key]
+        if not accepted(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, {expected} expected")
+    if len(content["data"]["classes"]) != content["model"]["num_classes"]:
+        raise ValueError("data.classes and model.num_classes are not the same number")
 
 
 def find(paths: list[str]) -> list[Path]:

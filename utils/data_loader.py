@@ -6,6 +6,7 @@ batch; scaling and normalisation are the network's first layer (models/classifie
 exactly what is on disk and any two networks can look at the same one.
 """
 
+import gzip
 import hashlib
 import os
 import shutil
@@ -83,6 +84,8 @@ def _digits(data_dir: Path, image_size: int | None):
 def _torchvision(class_name: str, **split_argument):
     """A reader for one of torchvision's data sets; torchvision downloads and verifies the files."""
 
+    ((keyword, values),) = split_argument.items()
+
     def read(data_dir: Path, image_size: int | None):
         from torchvision import datasets
 
@@ -92,8 +95,8 @@ def _torchvision(class_name: str, **split_argument):
                 if class_name == "FashionMNIST":
                     _use_debian_package(data_dir / class_name / "raw")
                 parts = [
-                    constructor(str(data_dir), download=True, **dict(zip(split_argument, values)))
-                    for values in zip(*split_argument.values(), strict=True)
+                    constructor(str(data_dir), download=True, **{keyword: value})
+                    for value in values
                 ]
             classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
             train, test = (_arrays(part, len(classes)) for part in parts)
@@ -144,20 +147,23 @@ def _downloading_to(folder: Path):
 
 
 def _use_debian_package(raw: Path) -> None:
-    """Puts the files of Debian's dataset-fashion-mnist where torchvision looks for its downloads.
+    """Unpacks Debian's dataset-fashion-mnist to where torchvision looks for unpacked files.
 
-    torchvision then finds the archives complete, verifies their checksums and downloads nothing.
-    An archive that has not been unpacked is copied again: an interrupted copy may have left it.
+    Debian packed the same files anew, so the archives would fail torchvision's checksums; their own
+    (gzip's CRC) is verified by unpacking them. A file appears under its name only when it is whole.
     """
     for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
         if not (raw / archive.stem).exists():
             raw.mkdir(parents=True, exist_ok=True)
-            shutil.copy(archive, raw / archive.name)
+            unfinished = raw / f".{archive.stem}"
+            with gzip.open(archive) as packed, open(unfinished, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+            unfinished.replace(raw / archive.stem)
 
 
 # Pillow knows more, among them EPS, which it has Ghostscript run as a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-SUFFIXES = (*(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"),)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 2**25  # of one file; a few working copies of it stay well below 1 GiB
 
 
@@ -345,7 +351,7 @@ def generator(seed: int, *purpose: int) -> torch.Generator:
     Split, order and augmentation never draw from the global stream, so they cannot depend on how
     many numbers a network or a method has drawn: runs of one seed are paired.
     """
-    state = np.random.SeedSequence([seed, *purpose]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
@@ -384,6 +390,15 @@ def reload(
             f"the {name} images in {data_dir} are not those that the checkpoint was trained with; "
             "give the --data_dir of its training"
         )
+    for what, here, there in (
+        ("classes", list(data.classes), description["classes"]),
+        ("(channels, height, width)", data.input_shape, description["input_shape"]),
+    ):
+        if here != there:
+            raise InputError(
+                f"the checkpoint does not fit its own data: {what} of {name} are {here}, and it "
+                f"says {there}"
+            )
     splits = split(data, description["tr_size"], description["seed"])
     if splits.hashes() != description["splits"]:
         raise InputError(

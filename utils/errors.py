@@ -4,13 +4,19 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used: a flag, a file, a folder. Exit status 2.
 
-    The message is one line: what was wrong, what was given, what would be accepted.
+    The message is one line: what was wrong, what was given, what would be accepted. It may quote
+    files and their names, so it is cut, and what a terminal would obey is escaped, here for
+    everyone who prints it.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message[:2000]))
 
 
 class DivergedError(ArithmeticError):
@@ -29,7 +35,8 @@ class Stopped(BaseException):
 class StopRequest:
     """Within this context SIGINT and SIGTERM are noted, not obeyed: `number` says which came.
 
-    The training loop looks at it between two steps, where its state can be saved whole.
+    The training loop looks at it between two steps, where its state can be saved whole. A request
+    that nobody has looked at by the end of the context is obeyed there.
     """
 
     def __init__(self) -> None:
@@ -42,17 +49,46 @@ class StopRequest:
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, exception, *_) -> None:
+        if self.number:  # further ones must not disturb the end that has begun
+            _ignore_signals()
+        else:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        if self.number and exception is None:
+            raise Stopped(self.number, saved=True)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def one_line(text: str) -> str:
+    """The text without line ends; control characters and the like escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(text.split())
+    )
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Calls a script's main; ends bad input, diverged training and signals with one line."""
 
     def stop(number: int, frame) -> None:
+        _ignore_signals()
         raise Stopped(number)
 
+    def repeat(unraisable) -> None:
+        """Python drops what is raised in a __del__, so it is raised again a moment later."""
+        if isinstance(unraisable.exc_value, Stopped):
+            number = unraisable.exc_value.number
+            signal.signal(signal.SIGALRM, lambda *_: stop(number, None))
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = repeat
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -63,8 +99,9 @@ def run(main: Callable[[], int | None]) -> None:
         message, status = f"diverged: {error}", 3
     except Stopped as stopped:
         state = "training state saved; " if stopped.saved else ""
-        again = shlex.join(["python", *sys.argv])
+        # What --overwrite was to remove is gone; given again it would remove the new run.
+        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         message = f"stopped by {signal.Signals(stopped.number).name}; {state}to continue: {again}"
         status = 128 + stopped.number
-    print(f"{sys.argv[0]}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

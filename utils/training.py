@@ -12,6 +12,8 @@ import argparse
 import itertools
 import json
 import math
+import os
+import reprlib
 import shutil
 import time
 import warnings
@@ -151,6 +153,7 @@ def train_trial(
     requested: values of each hyper-parameter; of several combinations the one with the lowest
     validation log loss is kept. Returns the path of best.pt.
     """
+    _choose_algorithms(trial.recipe)
     folder = trial.folder(method)
     train, validation, test = map(len, trial.splits)
     print(
@@ -174,22 +177,25 @@ def train_trial(
         best, metrics_file = folder / "best.pt", folder / "metrics.json"
         if metrics_file.exists():
             print(f"finished earlier, nothing to do (--overwrite starts anew): {best}")
-            _print_metrics(json.loads(metrics_file.read_text()))
-            return best
-        combinations = [
-            dict(zip(requested, values, strict=True))
-            for values in itertools.product(*requested.values())
-        ]
-        if len(combinations) == 1:
-            fit(trial, method, combinations[0], requested, make_loss, folder)
+            _print_metrics(metrics_file)
         else:
-            _train_candidates(trial, method, combinations, requested, make_loss, folder)
-        metrics = _final_metrics(trial, best)
-        checkpoint.write_json(metrics_file, metrics)
-        _print_metrics(metrics)
+            _train_combinations(trial, method, requested, make_loss, folder)
+            checkpoint.write_json(metrics_file, _final_metrics(trial, best))
+            _print_metrics(metrics_file)
+            print(f"checkpoint: {best}", flush=True)
         shutil.rmtree(folder / "candidates", ignore_errors=True)
-        print(f"checkpoint: {best}", flush=True)
     return best
+
+
+def _train_combinations(trial, method, requested, make_loss, folder: Path) -> None:
+    combinations = [
+        dict(zip(requested, values, strict=True))
+        for values in itertools.product(*requested.values())
+    ]
+    if len(combinations) == 1:
+        fit(trial, method, combinations[0], requested, make_loss, folder)
+    else:
+        _train_candidates(trial, method, combinations, requested, make_loss, folder)
 
 
 def _train_candidates(trial, method, combinations, requested, make_loss, folder: Path) -> None:
@@ -199,7 +205,6 @@ def _train_candidates(trial, method, combinations, requested, make_loss, folder:
         name = ",".join(f"{key}={value}" for key, value in hyper_parameters.items())
         print(f"candidate {len(rows) + 1} of {len(combinations)}: {name}", flush=True)
         candidate = folder / "candidates" / name
-        candidate.mkdir(parents=True, exist_ok=True)
         progress = fit(trial, method, hyper_parameters, requested, make_loss, candidate)
         rows.append(
             {
@@ -216,11 +221,13 @@ def _train_candidates(trial, method, combinations, requested, make_loss, folder:
     checkpoint.write_text(folder / "search.csv", table.to_csv(index=False))
     name = ",".join(f"{key}={value}" for key, value in combinations[chosen].items())
     for file in ("history.csv", "last.pt", "best.pt"):
-        content = (folder / "candidates" / name / file).read_bytes()
-        checkpoint.write_file(folder / file, lambda target, content=content: target.write(content))
+        checkpoint.copy_file(folder / "candidates" / name / file, folder / file)
 
 
 # --------------------------------------------------------------------------------- the run's folder
+
+
+RUN_FILES = ("config.json", "metrics.json", "best.pt", "last.pt", "history.csv", "search.csv")
 
 
 @contextmanager
@@ -232,45 +239,82 @@ def _run_folder(folder: Path, settings: dict, trial: Trial):
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"another process is training in {folder}; wait for its end") from None
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         raise InputError(f"cannot use the output folder {folder}: {error}") from None
     with lock:
-        config = folder / "config.json"
-        if config.exists() and trial.overwrite:
-            for name in ("metrics.json", "last.pt", "best.pt", "history.csv", "search.csv"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "candidates", ignore_errors=True)
-        elif config.exists():
-            _check_settings(config, settings)
-        checkpoint.write_json(
-            config, {"settings": settings, "environment": checkpoint.environment(trial.device)}
-        )
+        for place in (folder, *folder.glob("candidates/*")):
+            checkpoint.remove_temporaries(place)
+        if trial.overwrite:
+            _remove_run(folder)
+        elif any((folder / name).exists() for name in RUN_FILES):
+            _check_settings(folder / "config.json", settings)
+        # What a finished run says of its making stays as it is.
+        if not (folder / "metrics.json").exists():
+            made_by = checkpoint.environment(trial.device)
+            checkpoint.write_json(
+                folder / "config.json", {"settings": settings, "environment": made_by}
+            )
         yield
 
 
-def _check_settings(config: Path, settings: dict) -> None:
+def _remove_run(folder: Path) -> None:
+    """Removes an earlier run, in an order that leaves something usable wherever it is killed.
+
+    Until all last.pt are gone the old run is finished or can go on; from then on the same settings
+    start anew. config.json is not removed but replaced, after everything that belongs to it.
+    """
     try:
-        there = json.loads(config.read_text())["settings"]
-        if not isinstance(there, dict):
-            raise TypeError("settings is no dictionary")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{config} is damaged ({error}); give another --output_dir, or --overwrite"
-        ) from None
-    there, here = _flat(there), _flat(settings)
-    differing = [name for name in here | there if here.get(name) != there.get(name)]
-    if differing:
-        name = differing[0]
-        raise InputError(
-            f"{config.parent} holds another configuration: {name} is {there.get(name)} there and "
-            f"{here.get(name)} here; give another --output_dir, or --overwrite to start anew"
-        )
+        for path in (folder / "last.pt", *folder.glob("candidates/*/last.pt")):
+            path.unlink(missing_ok=True)
+        for name in ("metrics.json", "best.pt", "history.csv", "search.csv"):
+            (folder / name).unlink(missing_ok=True)
+        if (folder / "candidates").exists():
+            shutil.rmtree(folder / "candidates")
+    except OSError as error:
+        raise InputError(f"cannot remove the earlier run in {folder}: {error}") from None
 
 
-def _flat(settings: dict) -> dict:
+def _read_json(path: Path, limit: int = 2**24) -> dict:
+    """What write_json wrote. Raises InputError for anything else."""
+    try:
+        if path.stat().st_size > limit:
+            raise ValueError("it is too large")
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no dictionary")
+        return content
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is damaged ({type(error).__name__}: {error}); give another --output_dir, or "
+        "--overwrite to start anew"
+    )
+
+
+def _check_settings(config: Path, settings: dict) -> None:
+    here = _flat(settings)
+    try:
+        there = _flat(_read_json(config).get("settings"))
+    except RecursionError as error:
+        raise _damaged(config, error) from None
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            raise InputError(
+                f"{config.parent} holds another configuration: {name} is "
+                f"{reprlib.repr(there.get(name))} there and {reprlib.repr(here.get(name))} here; "
+                "give another --output_dir, or --overwrite to start anew"
+            )
+
+
+def _flat(settings, prefix: str = "") -> dict:
     """{"recipe": {"lr": 0.1}} as {"recipe.lr": 0.1}, values as JSON has them."""
-    flat = pd.json_normalize(json.loads(json.dumps(settings))).to_dict("records")[0]
-    return dict(flat)
+    if not isinstance(settings, dict):
+        return {prefix: json.loads(json.dumps(settings))}
+    inside = [_flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in settings.items()]
+    return {key: value for part in inside for key, value in part.items()}
 
 
 # ------------------------------------------------------------------------------------ one training
@@ -292,6 +336,35 @@ class Progress:
         stopped = recipe["estop"] and self.waited >= recipe["estop"]
         return bool(self.epoch >= recipe["epochs"] or stopped)
 
+    def check(self, epochs: int, steps: int) -> None:
+        """Raises ValueError, or what wrong types raise, unless a training of that many epochs and
+        steps an epoch can have come this far."""
+        for count, most in (
+            (self.epoch, epochs),
+            (self.step, steps),
+            (self.best_epoch, self.epoch),
+            (self.waited, self.epoch),
+        ):
+            if type(count) is not int or not 0 <= count <= most:
+                raise ValueError(f"{reprlib.repr(count)} where 0 to {most} is expected")
+        rows = [{**row} for row in self.history]
+        if [row.pop("epoch") for row in rows] != list(range(1, self.epoch + 1)):
+            raise ValueError("its history has not a row for each epoch")
+        if not all(
+            type(value) is float and name.isidentifier()
+            for row in rows
+            for name, value in row.items()
+        ):
+            raise ValueError("its history holds something else than named numbers")
+        if type(self.best_loss) is not float or len(self.terms) != self.step:
+            raise ValueError("its losses are not numbers, or not one for each step")
+        for count, values in self.terms:
+            if type(count) is not int or not 0 < count < 2**31 or "loss" not in values:
+                raise ValueError("its terms of the loss are not those of a batch")
+            for name, value in values.items():
+                if not name.isidentifier() or value.shape != () or value.dtype != torch.float32:
+                    raise ValueError("its terms of the loss are not named numbers")
+
 
 def fit(
     trial: Trial,
@@ -306,6 +379,16 @@ def fit(
     Leaves best.pt, last.pt and history.csv in the folder.
     """
     recipe, data, splits = trial.recipe, trial.data, trial.splits
+    description = {
+        "method": method,
+        "hyper_parameters": hyper_parameters,
+        "requested": requested,
+        "seed": trial.seed,
+        "recipe": recipe,
+        # Epoch and combination, and the temperature: evaluation refuses any other split here.
+        "selected_on": "validation",
+        "temperature_fitted_on": "validation",
+    }
     loss_function = make_loss(trial, **hyper_parameters)
     torch.manual_seed(trial.seed)  # initial weights and dropout: the same for every method
     model = _new_model(trial)
@@ -313,14 +396,14 @@ def fit(
     schedule = _new_schedule(optimizer, recipe)
     progress = Progress()
     if (folder / "last.pt").exists():
-        _restore(folder / "last.pt", trial.device, model, optimizer, schedule, progress)
+        progress = _restore(folder / "last.pt", trial, model, optimizer, schedule)
         print(f"continued after epoch {progress.epoch}, step {progress.step}", flush=True)
 
     def save() -> None:
-        _save(folder / "last.pt", trial.device, model, optimizer, schedule, progress)
+        _save(folder / "last.pt", trial.device, model, optimizer, progress)
 
     with StopRequest() as stop:
-        while not progress.finished(recipe):
+        while not progress.finished(recipe) and not stop.number:
             started = saved = time.monotonic()
             model.train()
             for batch in _with_bar(trial, progress):
@@ -338,8 +421,8 @@ def fit(
                 if stop.number or due:
                     save()
                     saved = time.monotonic()
-                if stop.number:
-                    raise Stopped(stop.number, saved=True)
+                    if stop.number:
+                        raise Stopped(stop.number, saved=True)
             row = {"epoch": progress.epoch + 1, "learning_rate": schedule.get_last_lr()[0]}
             row |= _means(progress.terms, row)
             logits, labels = collect_logits(model, data, splits.validation)
@@ -354,30 +437,12 @@ def fit(
             if metrics["log_loss"] < progress.best_loss:
                 progress.best_epoch, progress.best_loss = row["epoch"], metrics["log_loss"]
                 progress.waited = 0
-                training = {
-                    "method": method,
-                    "hyper_parameters": hyper_parameters,
-                    "requested": requested,
-                    "seed": trial.seed,
-                    "epoch": row["epoch"],
-                    "recipe": recipe,
-                }
-                temperature = _quiet_temperature(logits, labels)
-                best = checkpoint.contents(
-                    model,
-                    training,
-                    trial.description,
-                    trial.teacher_description,
-                    temperature,
-                    {"validation": metrics},
-                )
-                checkpoint.write_tensors(folder / "best.pt", best)
-            save()
+                training = {**description, "epoch": row["epoch"]}
+                _save_best(folder / "best.pt", trial, model, training, logits, labels, metrics)
             history = pd.DataFrame(progress.history).to_csv(index=False)
             checkpoint.write_text(folder / "history.csv", history)
+            save()  # last: what it says is done is on disk, and what it does not is done again
             _print_epoch(row, recipe, progress, time.monotonic() - started)
-            if stop.number:
-                raise Stopped(stop.number, saved=True)
     return progress
 
 
@@ -409,6 +474,8 @@ def _means(terms: list[tuple[int, dict[str, Tensor]]], row: dict) -> dict[str, f
     """Averages over the epoch's images. One read from the device an epoch, not one a step."""
     counts = torch.tensor([count for count, _ in terms], dtype=torch.float64)
     means = {}
+    if any(values.keys() != terms[-1][1].keys() for _, values in terms):
+        raise InputError("last.pt was made with another loss; --overwrite starts anew")
     for name in terms[0][1]:
         values = torch.stack([values[name] for _, values in terms]).double().cpu()
         broken = (~values.isfinite()).nonzero()
@@ -426,21 +493,25 @@ def _diverged(what: str, row: dict, step: str = "") -> DivergedError:
     )
 
 
-def _quiet_temperature(logits: Tensor, labels: Tensor) -> float:
-    with warnings.catch_warnings():  # said once, at the end, not in every epoch
-        warnings.simplefilter("ignore")
-        return fit_temperature(logits, labels)
+def _choose_algorithms(recipe: dict) -> None:
+    """With --deterministic the same bits on CUDA too. Not the default, as it costs time."""
+    if recipe["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def _check_network(trial: Trial) -> None:
     """What would fail in the first step fails here, before anything is written."""
-    if trial.recipe["batch_size"] == 1 and any(
+    smallest = min(trial.recipe["batch_size"], len(trial.splits.train))
+    if smallest == 1 and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)
         for module in _new_model(trial).modules()
     ):
         raise InputError(
-            f"--batch_size 1 given, but {trial.model_name} has batch norm, which needs the "
-            "variance over a batch; 2 or more expected"
+            f"--batch_size {trial.recipe['batch_size']} and {len(trial.splits.train)} training "
+            f"images make batches of 1, but {trial.model_name} has batch norm, which needs the "
+            "variance over a batch; 2 or more expected of both"
         )
 
 
@@ -467,7 +538,7 @@ def _new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
     if recipe["schedule"] == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     # 30, 60 and 90 of the 100 epochs of the ILS README, and the same shares of any other number.
-    falls = [round(share * epochs) for share in (0.3, 0.6, 0.9)]
+    falls = [max(1, round(share * epochs)) for share in (0.3, 0.6, 0.9)]
     falls = falls if recipe["schedule"] == "steps" else []
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
 
@@ -475,7 +546,27 @@ def _new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
 # ------------------------------------------------------------------------------- stopping, resuming
 
 
-def _save(path: Path, device, model, optimizer, schedule, progress: Progress) -> None:
+def _save_best(path: Path, trial: Trial, model, training: dict, logits, labels, metrics) -> None:
+    with warnings.catch_warnings():  # said once, at the end, not in every epoch
+        warnings.simplefilter("ignore")
+        temperature = fit_temperature(logits, labels)
+    content = checkpoint.contents(
+        model,
+        training,
+        trial.description,
+        trial.teacher_description,
+        temperature,
+        {"validation": metrics},
+    )
+    checkpoint.write_tensors(path, content)
+
+
+def _save(path: Path, device: torch.device, model, optimizer, progress: Progress) -> None:
+    """Everything needed to go on that does not follow from the settings.
+
+    The schedule does, given the epoch; and so does the optimizer, but for what it remembers of
+    each parameter. What is not in the file cannot be wrong in it.
+    """
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
@@ -483,29 +574,54 @@ def _save(path: Path, device, model, optimizer, schedule, progress: Progress) ->
         path,
         {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
+            "optimizer": optimizer.state_dict()["state"],
             "progress": vars(progress),
             "random": random,
         },
     )
 
 
-def _restore(path: Path, device, model, optimizer, schedule, progress: Progress) -> None:
+def _restore(path: Path, trial: Trial, model, optimizer, schedule) -> Progress:
+    """Puts back what _save saved. Raises InputError if that is not what the file holds."""
     state = checkpoint.read_tensors(path)
     try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        for name in vars(progress):
-            setattr(progress, name, state["progress"][name])
+        progress = Progress(**state["progress"])
+        steps = data_loader.steps_per_epoch(len(trial.splits.train), trial.recipe["batch_size"])
+        progress.check(trial.recipe["epochs"], steps)
+        if progress.best_epoch and not path.with_name("best.pt").exists():
+            raise ValueError("no best.pt beside it")
+        # A first step, here of no length, is what gives an optimizer its memory.
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        memory = optimizer.state_dict()["state"]
+        for index, saved in state["optimizer"].items():
+            _fill(memory[index], saved)
+        _fill(model.state_dict(), state["model"])
+        for _ in range(progress.epoch):
+            schedule.step()
+        for _, values in progress.terms:
+            values.update({name: value.to(trial.device) for name, value in values.items()})
         torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path} is damaged ({type(error).__name__}: {error}); --overwrite starts anew"
-        ) from None
+        if trial.device.type == "cuda" and "cuda" in state["random"]:  # the device may change
+            torch.cuda.set_rng_state(state["random"]["cuda"], trial.device)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    return progress
+
+
+@torch.no_grad()
+def _fill(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Overwrites the tensors with those of the same name that were saved."""
+    if saved.keys() != tensors.keys():
+        raise ValueError("tensors are missing, or of another network or optimizer")
+    for name, tensor in tensors.items():
+        there = saved[name]
+        if there.shape != tensor.shape or there.dtype != tensor.dtype:
+            raise ValueError(f"{name} is of {there.dtype} {tuple(there.shape)}")
+        if name == "step" and there < 1:
+            raise ValueError("an optimizer that has made no step")
+        tensor.copy_(there)
 
 
 # ------------------------------------------------------------------------------------- what is said
@@ -542,16 +658,21 @@ def _final_metrics(trial: Trial, best: Path) -> dict:
     return result
 
 
-def _print_metrics(metrics: dict) -> None:
-    print(
-        f"best epoch {metrics['epoch']}, temperature {metrics['temperature']:.3f} fitted to the "
-        "validation split"
-    )
-    print(f"{'':24}accuracy   log loss   ECE ({metrics['ece_bins']} bins)")
-    for split in ("validation", "test"):
-        for scaling in ("unscaled", "scaled"):
-            row = metrics[split][scaling]
-            print(
-                f"{split:11}{scaling:11}{100 * row['accuracy']:8.2f} %{row['log_loss']:11.4f}"
-                f"{row['ece']:11.4f}"
-            )
+def _print_metrics(path: Path) -> None:
+    metrics = _read_json(path)
+    try:
+        lines = [
+            f"best epoch {metrics['epoch']:d}, temperature {metrics['temperature']:.3f} fitted to "
+            "the validation split",
+            f"{'':24}accuracy   log loss   ECE ({metrics['ece_bins']:d} bins)",
+        ]
+        for split in ("validation", "test"):
+            for scaling in ("unscaled", "scaled"):
+                row = metrics[split][scaling]
+                lines.append(
+                    f"{split:11}{scaling:11}{100 * row['accuracy']:8.2f} %"
+                    f"{row['log_loss']:11.4f}{row['ece']:11.4f}"
+                )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(path, error) from None
+    print("\n".join(lines), flush=True)
