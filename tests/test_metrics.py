@@ -660,3 +660,12 @@ def test_a_gpu_gives_the_same_numbers():
     assert all_metrics(logits.cuda(), labels.cuda()) == all_metrics(logits, labels)
     assert all_metrics(logits.cuda(), labels) == all_metrics(logits, labels)
     assert fit_temperature(logits.cuda(), labels.cuda()) == fit_temperature(logits, labels)
+
+
+def test_several_numbers_of_bins_at_once_are_each_of_them():
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(500, 4), torch.randint(4, (500,))
+    together = evaluate.expected_calibration_errors(logits, labels, [5, 10, 50])
+    assert together == [
+        evaluate.expected_calibration_error(logits, labels, bins) for bins in (5, 10, 50)
+    ]

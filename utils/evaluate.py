@@ -35,7 +35,7 @@ Selective Classification for Deep Neural Networks, NeurIPS 2017.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -125,6 +125,12 @@ def expected_calibration_error(logits: Array, labels: Array, bins: int = 10) -> 
     perfectly calibrated network: `calibrated_ece_by_chance` says by how much.
     """
     return _ece(calibration_bins(logits, labels, bins))
+
+
+def expected_calibration_errors(logits: Array, labels: Array, bins: Sequence[int]) -> list[float]:
+    """expected_calibration_error for each of several numbers of bins, from one softmax."""
+    top_label = _top_label(logits, labels)
+    return [_ece(_calibration_bins(*top_label, _edges(number))) for number in bins]
 
 
 def maximum_calibration_error(logits: Array, labels: Array, bins: int = 10) -> float:
