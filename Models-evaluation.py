@@ -3,12 +3,14 @@ scaling, beside the students distilled from them.
 
 Checkpoints say themselves what data, split and network they belong to. The temperature is fitted to
 the validation split's log loss. Runs that differ in their seed alone are averaged: mean ± sample
-standard deviation, the best of each data set and network in bold. Formulas: utils/evaluate.py.
+standard deviation, the best of each data set and network in bold. Formulas: utils/evaluate.py;
+files, columns, intervals and tests: docs/evaluation.md.
 
-GPU:  python Models-evaluation.py runs/cifar10
+GPU:  python Models-evaluation.py runs/cifar10 --bootstrap 1000 --compare
 CPU:  python Models-evaluation.py runs/fashionmnist/shallownet --device cpu
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,11 +18,138 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from utils import checkpoint, tables
-from utils.arguments import Parser, add_evaluation_flags
+from utils import checkpoint, comparison, inspector, plots, report, tables
+from utils.arguments import Parser, add_evaluation_flags, non_negative_int
 from utils.errors import InputError, run
-from utils.evaluate import all_metrics
+from utils.evaluate import all_metrics, calibrated_ece_by_chance
 from utils.inference import Evaluated, evaluate_checkpoint
+
+
+def main() -> int:
+    args = parse_arguments()
+    networks, left_out = evaluate_all(args)
+    results = pd.DataFrame([row for net in networks for row in tidy_rows(net, args.ece_bins)])
+    # The same network given twice, as a file and in its folder, is still one seed.
+    results = results.drop_duplicates(["weights", "training", "split", "scaling"])
+    comparison.check_test_images(results)
+    rows = tables.with_students(results)
+
+    images = test_images(networks) if args.bootstrap or args.compare else {}
+    bootstrap = None
+    if args.bootstrap:
+        bootstrap = comparison.Bootstrap(images, args.ece_bins, args.bootstrap)
+        results = tables.with_intervals(results, bootstrap)
+    compared = ranks = None
+    if args.compare:
+        single = rows.drop_duplicates(["weights", "training", "scaling"])
+        compared = comparison.compare(single, args.compare, images, bootstrap)
+        ranks = comparison.rank(single)
+
+    folder = Path(args.output_dir)
+    checkpoint.write_text(folder / "results.csv", results.to_csv(index=False))
+    summary = tables.summarise(rows, bootstrap)
+    texts, drawings = write_tables(folder, summary, compared, args), []
+    if ranks is not None and len(ranks):
+        drawings += draw_ranks(folder, ranks)
+    if args.plots:
+        drawings += plots.write_all(networks, folder, args.tsne_classes, args.ece_bins)
+    if args.inspect is not None:
+        texts["One image"], drawing = inspector.inspect(
+            networks, args.inspect, args.data_dir, args.device, folder
+        )
+        drawings.append(drawing)
+    print("\n".join(texts.values()))
+    if args.report:
+        report.write(args.report, texts, drawings, networks)
+    print(f"written to {folder}" + f" and {args.report}" * bool(args.report))
+    if left_out:
+        print(f"{left_out} of {left_out + len(networks)} checkpoints left out", file=sys.stderr)
+    return 1 if left_out else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT_OR_FOLDER",
+        help="best.pt files, or folders that are searched for them",
+    )
+    add(
+        "--output_dir",
+        default="evaluation",
+        metavar="DIR",
+        help="where the tables are written: results.csv (a row for each checkpoint, split and "
+        "scaling), summary, students and comparison (each .csv, .md, .tex) (default: %(default)s)",
+    )
+    add(
+        "--bootstrap",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="95 %% intervals from N resamples of test images and seeds, 1000 or more; 0 is off "
+        "(default: %(default)s)",
+    )
+    add(
+        "--compare",
+        nargs="?",
+        const="vanilla",
+        metavar="METHOD",
+        help="paired differences to this method, runs of one seed being paired, and average ranks "
+        "where there are several data sets or networks (default: off; vanilla if no METHOD is "
+        "given)",
+    )
+    add(
+        "--plots",
+        action="store_true",
+        help="write the figures of docs/figures.md, as PNG and PDF (default: off)",
+    )
+    add(
+        "--tsne_classes",
+        nargs="+",
+        metavar="CLASS",
+        help="names or numbers of the classes in the t-SNE (default: the three that the vanilla "
+        "network confuses most)",
+    )
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write one self-contained HTML page: tables, figures, configurations (default: off)",
+    )
+    add(
+        "--inspect",
+        type=int,
+        metavar="INDEX",
+        help="show what each method asks of the network for this image of the test split, counted "
+        "from 0 (default: off)",
+    )
+    add_evaluation_flags(parser)
+    return parser.parse_args()
+
+
+def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
+    """The networks, and how many checkpoints could not be used; stderr says which and why."""
+    paths, networks = checkpoint.find(args.checkpoints), []
+    for path in tqdm(paths, "evaluating", disable=None, unit="checkpoint"):
+        try:
+            network = evaluate_checkpoint(path, args.data_dir, args.device)
+            comparison.check_selection(network.training)
+            networks.append(network)
+        except ValueError as error:  # InputError is one; logits that overflowed are another
+            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+            if len(paths) == 1:
+                raise InputError(reason) from None
+            tqdm.write(f"left out: {' '.join(reason.split())}", file=sys.stderr)
+    if not networks:
+        raise InputError(f"none of the {len(paths)} checkpoints could be evaluated")
+    found = {network.weights_hash: network for network in networks}
+    for network in networks:
+        leak = comparison.teacher_warning(network, found, args.data_dir, args.device)
+        for warning in [*network.warnings, *filter(None, [leak])]:
+            print(f"warning: {network.path}: {warning}", file=sys.stderr)
+    return networks, len(paths) - len(networks)
 
 
 def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
@@ -45,77 +174,97 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
     }
     rows = []
     for split in ("validation", "test"):
-        logits, labels = evaluated.logits[split].double(), evaluated.labels[split]
+        logits, labels = evaluated.logits[split], evaluated.labels[split]
+        similarity = comparison.class_similarity(logits, labels)
         for scaling, temperature in (("no", 1.0), ("yes", evaluated.temperature)):
-            metrics = all_metrics(logits / temperature, labels, ece_bins)
+            scaled = logits.double() / temperature
             rows.append(
-                {**about, "split": split, "scaling": scaling, "temperature": temperature, **metrics}
+                {
+                    **about,
+                    "split": split,
+                    "scaling": scaling,
+                    "temperature": temperature,
+                    **all_metrics(scaled, labels, ece_bins),
+                    "ece_by_chance": calibrated_ece_by_chance(scaled, ece_bins),
+                    "class_similarity": similarity,
+                }
             )
     return rows
 
 
-def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT_OR_FOLDER",
-        help="best.pt files, or folders that are searched for them",
+def test_images(networks: list[Evaluated]) -> dict[comparison.Run, tuple]:
+    """The hash of each network's test split, and what each of its images adds to the metrics."""
+    return {
+        (network.weights_hash, scaling): (
+            network.data["splits"]["test"],
+            comparison.per_image(
+                network.logits["test"].double() / temperature, network.labels["test"]
+            ),
+        )
+        for network in networks
+        for scaling, temperature in (("no", 1.0), ("yes", network.temperature))
+    }
+
+
+def write_tables(
+    folder: Path, summary: pd.DataFrame, compared: pd.DataFrame | None, args: argparse.Namespace
+) -> dict[str, str]:
+    """Writes the tables for people, each with a caption that says what it shows.
+
+    Returns the Markdown of each under its title.
+    """
+    texts = {}
+    spread = "mean ± sample standard deviation over seeds"
+    spread += f", [95 % interval of {args.bootstrap} bootstraps]" * bool(args.bootstrap)
+    rule = tables.ece_rule(args.ece_bins)
+    caption = (
+        f"Test split; temperature fitted to the validation split; {spread}. {rule} By chance: the "
+        "ECE of a perfectly calibrated network with these confidences."
     )
-    parser.add_argument(
-        "--output_dir",
-        default="evaluation",
-        metavar="DIR",
-        help="where results.csv (a row for each checkpoint, split and scaling), summary.csv and "
-        "summary.md (mean ± sd over seeds) are written (default: %(default)s)",
-    )
-    add_evaluation_flags(parser)
-    args = parser.parse_args()
+    cells = tables.summary_cells(summary, tables.MAIN)
+    texts["Test split"] = tables.write(folder, "summary", summary, cells, caption)
 
-    paths, rows, failures = checkpoint.find(args.checkpoints), [], 0
-    for path in tqdm(paths, "evaluating", disable=None, unit="checkpoint"):
-        try:
-            evaluated = evaluate_checkpoint(path, args.data_dir, args.device)
-            rows += tidy_rows(evaluated, args.ece_bins)
-            for warning in evaluated.warnings:
-                tqdm.write(f"{path}: {warning}", file=sys.stderr)
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            failures += 1
-            tqdm.write(f"left out: {' '.join(str(error).split())}", file=sys.stderr)
-    if not rows:
-        raise InputError(f"none of the {len(paths)} checkpoints could be evaluated")
-    # The same network given twice, as a file and in its folder, is still one seed.
-    table = pd.DataFrame(rows).drop_duplicates(["weights", "training", "split", "scaling"])
-    _refuse_other_test_images(table)
-    summary = tables.summarise(tables.with_students(table))
-
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    markdown = tables.to_markdown(summary, args.ece_bins)
-    checkpoint.write_text(output / "results.csv", table.to_csv(index=False))
-    checkpoint.write_text(output / "summary.csv", summary.to_csv(index=False))
-    checkpoint.write_text(output / "summary.md", markdown)
-    print(markdown)
-    print(
-        "Test split; temperature fitted to the validation split; mean ± sample standard deviation "
-        "over seeds."
-    )
-    print(f"written: {output / 'results.csv'}, {output / 'summary.csv'}, {output / 'summary.md'}")
-    if failures:
-        print(f"{failures} of {len(paths)} checkpoints left out", file=sys.stderr)
-    return 1 if failures else 0
+    students = summary[summary["student"] != ""]
+    if len(students):
+        caption = (
+            f"Students on the test split, unscaled, beside their teachers (scaled: by the "
+            f"temperature); {spread}. {rule} Similarity kept: the share of the variation of the "
+            "teacher's logits that tells which other classes an image resembles."
+        )
+        cells = tables.summary_cells(students, tables.STUDENTS)
+        texts["Students"] = tables.write(folder, "students", students, cells, caption)
+    if compared is not None:
+        intervals = " or ".join(filter(None, compared["interval"].unique()))
+        tests = ", ".join(filter(None, compared["test"].unique()))
+        caption = (
+            "Paired differences on the test split, training less reference, [95 % interval: "
+            f"{intervals or 'none'}], p ({tests or 'no test'}; not corrected for their number). "
+            f"{rule}"
+        )
+        cells = tables.comparison_cells(compared, args.ece_bins)
+        texts["Paired differences"] = tables.write(folder, "comparison", compared, cells, caption)
+    return texts
 
 
-def _refuse_other_test_images(table: pd.DataFrame) -> None:
-    for dataset, group in table.groupby("dataset"):
-        if group["test_images"].nunique() > 1:
-            first, second = group.drop_duplicates("test_images")["checkpoint"].head(2)
-            raise InputError(
-                f"{first} and {second} were made with different test images of {dataset}; numbers "
-                "of different images are not compared, evaluate them apart"
-            )
+def draw_ranks(folder: Path, ranks: pd.DataFrame) -> list[plots.Drawing]:
+    checkpoint.write_text(folder / "comparison_ranks.csv", ranks.to_csv(index=False))
+    drawings = []
+    for (scaling, metric), group in ranks.groupby(["scaling", "metric"], sort=False):
+        scaled = {"no": "", "yes": "-scaled"}[scaling]
+        title = (
+            f"Average rank by {metric.replace('_', ' ')}{scaled.replace('-', ', ')}, "
+            f"{group['blocks'].iloc[0]} pairs of data set and network"
+        )
+        figure = comparison.critical_difference_diagram(
+            list(group["training"]),
+            list(group["average_rank"]),
+            group["critical_difference"].iloc[0],
+            title,
+        )
+        caption = "Methods joined by a bar do not differ by more than the critical difference."
+        name = f"critical-difference-{metric}{scaled}"
+        drawings.append(plots.save(figure, folder, name, title, caption))
+    return drawings
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from utils import checkpoint, data_loader
 from utils.data_loader import ImageData, ordered_batches
+from utils.errors import InputError
 from utils.evaluate import fit_temperature
 
 EVALUATION_BATCH = 1024
@@ -57,6 +58,8 @@ def evaluate_checkpoint(path: Path, data_dir: str | Path, device: torch.device) 
     logits, labels = {}, {}
     for name in ("validation", "test"):
         logits[name], labels[name] = collect_logits(trained.model, data, getattr(splits, name))
+        if not logits[name].isfinite().all():
+            raise InputError(f"{path} gives logits that are not finite, and cannot be evaluated")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         temperature = fit_temperature(logits["validation"], labels["validation"])

@@ -1,21 +1,85 @@
-"""How the results of many runs are read side by side: one tidy row a checkpoint and split, then
-mean ± standard deviation over seeds, as CSV for machines and Markdown for people.
+"""How the results of many runs are read side by side.
+
+Tidy rows (one a checkpoint, split and scaling) become a table of means over seeds (`summarise`,
+`comparison.compare`). A table is written at full precision as CSV for machines, and rounded as
+Markdown and LaTeX for people: `*_cells` choose and round, `markdown` and `latex` render. Names come
+from checkpoints and are escaped when rendered, so that none of them can break a table.
 """
 
 import json
+import re
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
-# What a setting is made of, besides the seed: runs that agree in these are averaged.
-BLOCK = ["dataset", "model"]
-# Columns of the table: heading, direction of better, digits after the point, factor shown.
-SHOWN = {
-    "accuracy": ("Accuracy %", max, 2, 100),
-    "log_loss": ("Log loss", min, 4, 1),
-    "ece": ("ECE", min, 4, 1),
-    "student_accuracy": ("Student accuracy %", max, 2, 100),
-    "student_log_loss": ("Student log loss", min, 4, 1),
+from utils.checkpoint import write_text
+from utils.comparison import BLOCK, Bootstrap
+
+METRICS = [
+    "accuracy",
+    "top5_accuracy",  # only of more than five classes
+    "log_loss",
+    "brier",
+    "ece",
+    "ece_by_chance",
+    "classwise_ece",
+    "adaptive_ece",
+    "mce",
+    "rmsce",
+    "ks",
+    "aurc",
+]
+STUDENT_METRICS = ["accuracy", "log_loss", "brier", "ece", "classwise_ece"]
+
+
+class Shown(NamedTuple):
+    """How a column of a summary is shown to people."""
+
+    heading: str  # {} becomes the number of bins
+    digits: int
+    best: str | None = None  # "max" or "min": the best of each data set and network is bold
+    factor: int = 1
+
+
+# Columns of the tables, by the name in the summary.
+ECE = "ECE ({} bins)"
+MAIN = {
+    "accuracy": Shown("Accuracy %", 2, "max", 100),
+    "log_loss": Shown("Log loss", 4, "min"),
+    "ece": Shown(ECE, 4, "min"),
+    "ece_by_chance": Shown("By chance", 4),
+    "student_accuracy": Shown("Student accuracy %", 2, "max", 100),
+    "student_log_loss": Shown("Student log loss", 4, "min"),
 }
+STUDENTS = {
+    "student_accuracy": Shown("Accuracy %", 2, "max", 100),
+    "student_log_loss": Shown("Log loss", 4, "min"),
+    "student_brier": Shown("Brier", 4, "min"),
+    "student_ece": Shown(ECE, 4, "min"),
+    "student_classwise_ece": Shown("Class-wise ECE", 4, "min"),
+    "ece": Shown("Teacher's ECE", 4),
+    "temperature": Shown("Temperature", 3),
+    "class_similarity": Shown("Similarity kept %", 2, None, 100),
+}
+COMPARED = {
+    "accuracy": Shown("Δ Accuracy %", 2, None, 100),
+    "log_loss": Shown("Δ Log loss", 4),
+    "brier": Shown("Δ Brier", 4),
+    "ece": Shown("Δ " + ECE, 4),
+}
+
+
+class Measured(NamedTuple):
+    """A cell with a number: rendered as value + spread, the value in bold if it is the best."""
+
+    value: str
+    spread: str = ""
+    best: bool = False
+
+
+# ------------------------------------------------------------------------------- rows and summaries
 
 
 def setting(method: str, requested: dict[str, list]) -> str:
@@ -41,80 +105,274 @@ def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_students(rows: pd.DataFrame) -> pd.DataFrame:
-    """The test rows of networks, each beside the student that was distilled from it.
+    """The test rows of networks, each beside the students that were distilled from it.
 
-    rows: the tidy rows of Models-evaluation.py. A teacher's row is joined to the unscaled row of
-    the students that were taught without or with temperature scaling, as the row's own `scaling`
-    says. A student whose teacher is not among the rows stands as a network of its own.
+    rows: the tidy rows of Models-evaluation.py. A teacher's row is joined to the unscaled metrics
+    of the students that were taught without or with temperature scaling, as the row's own
+    `scaling` says: their means, as student_<metric>, and the hashes of their weights, as
+    `student_weights` (a list). `student` tells students of several networks or settings apart; it
+    is "" without one. A student whose teacher is not among the rows stands as a network of its own.
     """
     test = distinguish(rows[rows["split"] == "test"])
     is_student = test["teacher"].isin(test["weights"])
     students = test[is_student & (test["scaling"] == "no")]
-    students = students[
-        ["teacher", "teacher_scaling", "model", "student_setting", "accuracy", "log_loss"]
-    ]
-    students = students.assign(student=students["model"] + students["student_setting"]).rename(
-        columns={"accuracy": "student_accuracy", "log_loss": "student_log_loss"}
+    students = students.assign(student=students["model"] + students["student_setting"])
+    taught = students.groupby(["teacher", "teacher_scaling", "student"], as_index=False).agg(
+        **{f"student_{metric}": (metric, "mean") for metric in STUDENT_METRICS},
+        student_weights=("weights", list),
     )
     joined = test[~is_student].merge(
-        students.drop(columns=["model", "student_setting"]),
+        taught.rename(columns={"teacher": "weights", "teacher_scaling": "scaling"}),
         how="left",
-        left_on=["weights", "scaling"],
-        right_on=["teacher", "teacher_scaling"],
-        suffixes=("", "_of_student"),
+        on=["weights", "scaling"],
     )
     return joined.fillna({"student": ""})
 
 
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.DataFrame:
     """Mean and sample standard deviation over seeds, a row for each setting and scaling.
 
-    rows: what with_students returns. The columns of SHOWN become <name>_mean and <name>_std (NaN
-    for one seed); `seeds` counts them.
+    rows: what with_students returns. <metric>_mean and <metric>_std (NaN for one seed) of METRICS,
+    of student_<metric> and of temperature and class_similarity; `seeds` counts the seeds. Several
+    networks of one seed count as their mean. With a bootstrap <metric>_low and _high (95 %) for
+    comparison.METRICS, of the networks and of their students.
     """
     keys = [*BLOCK, "training", "scaling", "student"]
-    groups = rows.groupby(keys, sort=False)
-    summary = groups[list(SHOWN)].agg(["mean", "std"])
-    summary.columns = ["_".join(column) for column in summary.columns]
-    summary.insert(0, "seeds", groups["seed"].nunique())
-    return summary.reset_index()
+    numbers = [*METRICS, "temperature", "class_similarity"]
+    numbers += [f"student_{metric}" for metric in STUDENT_METRICS]
+    numbers = [name for name in numbers if name in rows]
+    summary = []
+    for key, group in rows.groupby(keys, sort=False):
+        seeds = group.groupby("seed")[numbers].mean()
+        row = dict(zip(keys, key, strict=True)) | {
+            "seeds": len(seeds),
+            "ece_bins": group["ece_bins"].iloc[0],
+        }
+        intervals = _intervals(group, bootstrap) if bootstrap else {}
+        for name in numbers:
+            row[f"{name}_mean"], row[f"{name}_std"] = seeds[name].mean(), seeds[name].std()
+            if name in intervals:
+                row[f"{name}_low"], row[f"{name}_high"] = intervals[name]
+        summary.append(row)
+    return pd.DataFrame(summary)
 
 
-def to_markdown(summary: pd.DataFrame, ece_bins: int) -> str:
-    """The ILS README's table: mean ± sd, the best of each data set and network in bold."""
+def with_intervals(rows: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Adds <metric>_low and <metric>_high of comparison.METRICS to the test rows of tidy rows.
+
+    They are of one network, so over test images alone.
+    """
+    rows = rows.copy()
+    for row in rows[rows["split"] == "test"].itertuples():
+        values = bootstrap.mean({row.seed: [(row.weights, row.scaling)]})
+        for metric, interval in bootstrap.interval(values).items():
+            rows.loc[row.Index, [f"{metric}_low", f"{metric}_high"]] = interval
+    return rows
+
+
+def _intervals(group: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, tuple[float, float]]:
+    """The bootstrap's intervals of one setting's networks and of their students."""
+    networks: dict[int, list] = {}
+    students: dict[int, list] = {}
+    for row in group.itertuples():
+        networks.setdefault(row.seed, []).append((row.weights, row.scaling))
+        if row.student:
+            students.setdefault(row.seed, []).extend((w, "no") for w in row.student_weights)
+    intervals = bootstrap.interval(bootstrap.mean(networks))
+    if students:
+        taught = bootstrap.interval(bootstrap.mean(students))
+        intervals |= {f"student_{metric}": interval for metric, interval in taught.items()}
+    return intervals
+
+
+# -------------------------------------------------------------------------- what people see of them
+
+
+def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFrame:
+    """A summary as a table for people: mean ± sd [low, high], the best of each block in bold.
+
+    shown: MAIN, or STUDENTS, which is of the rows that have a student. Columns without any value
+    are left out.
+    """
+    if shown is STUDENTS:
+        summary = summary[summary["student"] != ""]
     cells = pd.DataFrame(
         {
             "Data set": summary["dataset"],
-            "Network": summary["model"],
+            "Teacher" if shown is STUDENTS else "Network": summary["model"],
             "Training": summary["training"],
-            "Temperature scaling": summary["scaling"],
+            "Scaled": summary["scaling"],
             "Seeds": summary["seeds"].astype(str),
         }
     )
-    for name, (heading, best, digits, factor) in SHOWN.items():
-        mean, std = factor * summary[f"{name}_mean"], factor * summary[f"{name}_std"]
-        shown = mean.round(digits)
-        blocks = [summary[key] for key in BLOCK]
-        winner = shown == shown.groupby(blocks).transform(best.__name__)
-        texts = []
-        for m, s, wins in zip(mean, std, winner, strict=True):
-            text = "" if pd.isna(m) else f"{m:.{digits}f}"
-            text = f"**{text}**" if wins and text else text
-            texts.append(text if pd.isna(s) else f"{text} ± {s:.{digits}f}")
-        heading = f"{heading} ({ece_bins} bins)" if name == "ece" else heading
-        cells[heading] = texts
-    if summary["student"].nunique() > 1 + ("" in set(summary["student"])):
+    if summary["student"].nunique() > 1 + ("" in set(summary["student"])) or shown is STUDENTS:
         cells["Student"] = summary["student"]
-    return markdown(cells)
+    blocks = [summary[key] for key in BLOCK]
+    for name, column in shown.items():
+        mean = summary[f"{name}_mean"]
+        if mean.isna().all():
+            continue
+        rounded = (column.factor * mean).round(column.digits)
+        best = rounded == rounded.groupby(blocks).transform(column.best or "min")
+        cells[column.heading.format(summary["ece_bins"].iloc[0])] = [
+            _measured(column, row, name, is_best and column.best is not None)
+            for is_best, (_, row) in zip(best, summary.iterrows(), strict=True)
+        ]
+    return cells
 
 
-def markdown(cells: pd.DataFrame) -> str:
-    """A table of strings with its columns aligned, so that it reads well in a terminal too."""
-    table = [list(cells.columns), *cells.astype(str).to_numpy().tolist()]
-    table = [[text.replace("|", "\\|") for text in row] for row in table]
+def _measured(column: Shown, row: pd.Series, name: str, best: bool) -> Measured:
+    def text(value: float) -> str:
+        return f"{column.factor * value:.{column.digits}f}"
+
+    if pd.isna(row[f"{name}_mean"]):
+        return Measured("")
+    spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {text(row[f'{name}_std'])}"
+    if not pd.isna(row.get(f"{name}_low", np.nan)):
+        spread += f" [{text(row[f'{name}_low'])}, {text(row[f'{name}_high'])}]"
+    return Measured(text(row[f"{name}_mean"]), spread, best)
+
+
+def comparison_cells(compared: pd.DataFrame, ece_bins: int) -> pd.DataFrame:
+    """What comparison.compare gives, for people: difference [low, high] p, a column a metric."""
+    table = []
+    for key, group in compared.groupby(
+        [*BLOCK, "training", "reference", "scaling", "seeds"], sort=False
+    ):
+        headings = ["Data set", "Network", "Training", "Reference", "Scaled", "Seeds"]
+        row: dict = dict(zip(headings, map(str, key), strict=True))
+        for values in group.itertuples():
+            column = COMPARED[values.metric]
+
+            def text(value: float, column=column) -> str:
+                return f"{column.factor * value:+.{column.digits}f}"
+
+            spread = ""
+            if not pd.isna(values.low):
+                spread += f" [{text(values.low)}, {text(values.high)}]"
+            if not pd.isna(values.p_value):
+                small = values.p_value < 0.001
+                spread += " p < 0.001" if small else f" p = {values.p_value:.3f}"
+            row[column.heading.format(ece_bins)] = Measured(text(values.difference), spread)
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+# ---------------------------------------------------------------------------------------- rendering
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown (GFM) shows as it is, in a cell of a table.
+
+    An underscore inside a word is none of its signs, and stays readable in a terminal.
+    """
+    text = " ".join(str(text).split())
+    text = re.sub(r"([\\`*{}\[\]<>#|~&$!])", r"\\\1", text)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+    "[": "{[}",  # after \\ it would begin an argument
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX sets as it is, in a cell of a table."""
+    return "".join(LATEX.get(character, character) for character in " ".join(str(text).split()))
+
+
+def markdown(cells: pd.DataFrame, caption: str = "") -> str:
+    """The table with its columns aligned, so that it reads well in a terminal too.
+
+    cells: strings, which are escaped, and Measured. caption: Markdown, below the table.
+    """
+
+    def render(cell: str | Measured) -> str:
+        if not isinstance(cell, Measured):
+            return escape_markdown(cell)
+        return (f"**{cell.value}**" if cell.best and cell.value else cell.value) + cell.spread
+
+    table = [[render(cell) for cell in row] for row in (cells.columns, *cells.to_numpy())]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     lines = (
         " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in table
     )
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    table_text = "\n".join(f"| {line} |" for line in lines) + "\n"
+    return f"{table_text}\n{caption}\n" if caption else table_text
+
+
+def latex(cells: pd.DataFrame, caption: str, label: str) -> str:
+    """A table environment for \\usepackage{booktabs}, numbers aligned on the right.
+
+    cells: strings and Measured. caption: text; both are escaped.
+    """
+
+    def render(cell: str | Measured) -> str:
+        if not isinstance(cell, Measured):
+            return escape_latex(cell)
+        value = escape_latex(cell.value).replace("-", "$-$")
+        spread = escape_latex(cell.spread.lstrip()).replace("-", "$-$")
+        value = f"\\textbf{{{value}}}" if cell.best and value else value
+        return f"{value} {spread}".rstrip()
+
+    header, *body = (
+        " & ".join(render(cell) for cell in row) + r" \\"
+        for row in (cells.columns, *cells.to_numpy())
+    )
+    columns = "".join("r" if isinstance(cell, Measured) else "l" for cell in cells.iloc[0])
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            f"\\caption{{{escape_latex(caption)}}}",
+            f"\\label{{tab:{label}}}",
+            f"\\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            header,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def without_shared(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The table without the labels that all its rows share, which fit in a line: so that the
+    table fits in a terminal or a column. `Training` stays."""
+    shared = [
+        name
+        for name in cells.columns
+        if name != "Training"
+        and isinstance(cells[name].iloc[0], str)
+        and cells[name].nunique() == 1
+    ]
+    line = "; ".join(f"{name.lower()}: {cells[name].iloc[0]}" for name in shared)
+    return cells.drop(columns=shared), f"{line[:1].upper()}{line[1:]}." if line else ""
+
+
+def ece_rule(ece_bins: int) -> str:
+    """How every ECE of a table was made."""
+    return f"ECE: {ece_bins} equal-width bins (lo, hi], top label."
+
+
+def write(folder: Path, name: str, table: pd.DataFrame, cells: pd.DataFrame, caption: str) -> str:
+    """Writes <name>.csv, <name>.md and <name>.tex; returns the Markdown."""
+    cells, shared = without_shared(cells)
+    text = markdown(cells, f"{escape_markdown(shared)} {caption}".lstrip())
+    write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.tex", latex(cells, f"{shared} {caption}".lstrip(), name))
+    return text
