@@ -137,11 +137,11 @@ def test_the_best_of_each_block_is_bold_as_rounded():
 
 
 def test_what_all_rows_share_is_said_once():
-    cells = pd.DataFrame({"Data set": ["d"] * 2, "Training": ["v"] * 2, "Seeds": ["1", "2"],
-                          "ECE": [Measured("0.1")] * 2})  # fmt: skip
+    cells = pd.DataFrame({"Data set": ["d"] * 2, "Student": ["s"] * 2, "Training": ["v"] * 2,
+                          "Seeds": ["1", "2"], "ECE": [Measured("0.1")] * 2})  # fmt: skip
     left, line = tables.without_shared(cells)
-    assert list(left.columns) == ["Training", "Seeds", "ECE"]
-    assert line == "Data set: d."
+    assert list(left.columns) == ["Data set", "Training", "Seeds", "ECE"]
+    assert line == "Student: s."
     assert tables.without_shared(left)[1] == ""
 
 
@@ -230,12 +230,12 @@ def test_a_latex_table_is_booktabs_with_its_columns_and_no_more():
 def test_a_table_is_written_three_times_and_read_back_in_full_precision(tmp_path):
     table = pd.DataFrame({"x": [0.1 + 0.2, 1 / 3]})
     cells = pd.DataFrame(
-        {"Training": ["a", "b"], "Data set": ["d_1_"] * 2, "x": [Measured("0.3")] * 2}
+        {"Training": ["a", "b"], "Student": ["d_1_"] * 2, "x": [Measured("0.3")] * 2}
     )
     text = tables.write(tmp_path, "name", table, cells, tables.ece_rule(15))
     assert {path.name for path in tmp_path.iterdir()} == {"name.csv", "name.md", "name.tex"}
     assert list(pd.read_csv(tmp_path / "name.csv")["x"]) == [0.1 + 0.2, 1 / 3]
     assert (tmp_path / "name.md").read_text() == text
     said = "ECE: 15 equal-width bins (lo, hi], top label."
-    assert text.endswith(f"\n\nData set: d_1\\_. {said}\n")
-    assert rf"\caption{{Data set: d\_1\_. {said}}}" in (tmp_path / "name.tex").read_text()
+    assert text.endswith(f"\n\nStudent: d_1\\_. {said}\n")
+    assert rf"\caption{{Student: d\_1\_. {said}}}" in (tmp_path / "name.tex").read_text()

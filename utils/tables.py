@@ -201,7 +201,7 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
             "Data set": summary["dataset"],
             "Teacher" if shown is STUDENTS else "Network": summary["model"],
             "Training": summary["training"],
-            "Scaled": summary["scaling"],
+            "Temp. scaling": summary["scaling"],
             "Seeds": summary["seeds"].astype(str),
         }
     )
@@ -239,7 +239,7 @@ def comparison_cells(compared: pd.DataFrame, ece_bins: int) -> pd.DataFrame:
     for key, group in compared.groupby(
         [*BLOCK, "training", "reference", "scaling", "seeds"], sort=False
     ):
-        headings = ["Data set", "Network", "Training", "Reference", "Scaled", "Seeds"]
+        headings = ["Data set", "Network", "Training", "Reference", "Temp. scaling", "Seeds"]
         row: dict = dict(zip(headings, map(str, key), strict=True))
         for values in group.itertuples():
             column = COMPARED[values.metric]
@@ -351,11 +351,11 @@ def latex(cells: pd.DataFrame, caption: str, label: str) -> str:
 
 def without_shared(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The table without the labels that all its rows share, which fit in a line: so that the
-    table fits in a terminal or a column. `Training` stays."""
+    table fits in a terminal or a column. What names a row stays."""
     shared = [
         name
         for name in cells.columns
-        if name != "Training"
+        if name not in ("Data set", "Network", "Training")
         and isinstance(cells[name].iloc[0], str)
         and cells[name].nunique() == 1
     ]
