@@ -8,6 +8,10 @@ teacher      which network teaches, and where is it?
 checkpoint   what is on disk?
 inference    what does a network say of a split?
 evaluate     how good and how sure?
+comparison   which differences mean something, and did anything leak?
 tables       how are the results of many runs read side by side?
+plots        what do they look like?
+report       what is sent to a colleague?
+inspector    what does each method ask of one image?
 errors       what is said of bad input?
 """
