@@ -162,6 +162,8 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if sum(file.file_size for file in archive.infolist()) > path.stat().st_size:
             raise ValueError("it unpacks to more than its size")
+        if damaged := archive.testzip():  # torch.load looks at no checksum
+            raise ValueError(f"the checksum of its part {damaged} is wrong")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:

@@ -1,0 +1,473 @@
+"""A run that was stopped anywhere ends in the same bits as one that was not."""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, files, start
+
+from utils import checkpoint
+
+FAST = ("--model", "shallownet", "--batch_size", 128, "--save_every", 0.0005)
+VANILLA = ("Vanilla-cross-entropy.py", *FAST)
+SEARCH = (
+    "Label-smoothing.py", "--model", "shallownet", "--epochs", 1, "--tr_size", 0.1,
+    "--batch_size", 80, "--save_every", 1e-9, "--smoothing",
+)  # fmt: skip
+KILLS = 9  # of each kind of training, at random moments
+
+
+class Forks:
+    """Scripts in forks of one process. See fork_server.py for the options."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.server = subprocess.Popen(
+            [sys.executable, ROOT / "tests/fork_server.py"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, script: str, *arguments, **options) -> int:
+        """Returns the process id."""
+        request = {"argv": [script, *map(str, arguments)], "log": str(self.log), **options}
+        self.log.unlink(missing_ok=True)
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def end(self) -> int:
+        """Waits for the script started last. Returns its status, negative after a signal."""
+        return int(self.server.stdout.readline())
+
+    def run(self, script: str, *arguments, status: int = 0, **options) -> str:
+        """Runs a script, checks how it ended, and returns what it said."""
+        self.start(script, *arguments, **options)
+        assert self.end() == status, self.said
+        return self.said
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.said:
+            assert time.monotonic() < end, f"no {text!r} in: {self.said}"
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("log") / "log")
+    yield forks
+    forks.server.stdin.close()
+    assert forks.server.wait(timeout=60) == 0
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """What must be the same after any history: all files, but for what records the history."""
+    kept = {
+        name: content
+        for name, content in files(folder).items()
+        if not name.endswith(("config.json", ".pt"))
+    }
+    weights = {
+        str(path.relative_to(folder)): checkpoint.load(path).weights_hash.encode()
+        for path in folder.rglob("best.pt")
+    }
+    return kept | weights
+
+
+def assert_same_outcome(folder: Path, uninterrupted: Path) -> None:
+    here, there = outcome(folder), outcome(uninterrupted)
+    assert here.keys() == there.keys()
+    assert [name for name in there if here[name] != there[name]] == []
+    assert files(folder).keys() == files(uninterrupted).keys()
+
+
+# ----------------------------------------------------------------------------------------- kill -9
+
+
+@pytest.fixture(scope="module")
+def teacher(forks, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    forks.run(*VANILLA, "--epochs", 3, "--output_dir", folder)
+    return folder / "digits/shallownet/vanilla/seed0/best.pt"
+
+
+def commands(teacher: Path) -> dict[str, tuple]:
+    return {
+        "training": (*VANILLA, "--epochs", 6),
+        "teacher, search and student": (
+            "Instance-based-smoothing.py", *FAST, "--epochs", 3, "--smoothing", 0.05, 0.3
+        ),
+        "distillation": (
+            "Network-distillation.py", "--teacher", teacher, "--batch_size", 128, "--epochs", 3,
+            "--save_every", 0.0005,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["training", "teacher, search and student", "distillation"])
+def test_kills_at_random_moments_leave_no_trace(forks, teacher, tmp_path, kind):
+    command, moments = commands(teacher)[kind], random.Random(kind)
+    forks.run(*command, "--output_dir", tmp_path / "whole")
+    began = time.monotonic()
+    forks.run(*command, "--output_dir", tmp_path / "whole", "--overwrite")
+    duration = time.monotonic() - began
+    kills = within = 0
+    for attempt in range(100):
+        folder, status = tmp_path / str(attempt), None
+        while status != 0:
+            process = forks.start(*command, "--output_dir", folder)
+            # Often enough that there are many, late enough that each start gets somewhere.
+            delay = moments.uniform(0.1, 0.6) * duration
+            timer = threading.Timer(delay, os.kill, (process, signal.SIGKILL))
+            timer.start()
+            status = forks.end()
+            timer.cancel()
+            timer.join()
+            assert status in (0, -signal.SIGKILL), forks.said
+            kills += status != 0
+            within += "continued after" in forks.said and ", step 0" not in forks.said
+        assert_same_outcome(folder, tmp_path / "whole")
+        if kills >= KILLS:
+            break
+    print(f"\n{kind}: {kills} kills at random moments, {attempt + 1} runs, {duration:.2f} s each;")
+    print(f"  {within} starts went on within an epoch")
+    assert kills >= KILLS
+
+
+def test_a_kill_at_every_change_of_the_disk_leaves_no_trace(forks, tmp_path):
+    """Killed while a file is written (it is cut in half), before and after it is renamed, and
+    while the candidates are removed."""
+    command = (*SEARCH, 0.05, 0.3)
+    forks.run(*command, "--output_dir", tmp_path / "whole")
+    for moment in itertools.count(1):
+        folder = tmp_path / str(moment)
+        forks.start(*command, "--output_dir", folder, kill_at=moment)
+        if forks.end() == 0:
+            break
+        forks.run(*command, "--output_dir", folder)
+        assert_same_outcome(folder, tmp_path / "whole")
+    print(f"\n{moment - 1} kills, one at each change of the disk")
+    assert moment > 40
+
+
+def test_a_kill_while_an_earlier_run_is_removed(forks, tmp_path):
+    """Whether the old command follows or the new one, nothing of two runs is mixed."""
+    old, new = (*SEARCH, 0.05, 0.3), (*SEARCH, 0.2)
+    forks.run(*old, "--output_dir", tmp_path / "old")
+    forks.run(*new, "--output_dir", tmp_path / "new")
+    folder = tmp_path / "killed"
+    # Where both candidates are there, and the winner's files, and metrics.json is not.
+    process = forks.start(*old, "--output_dir", folder, pause=["_final_metrics", 600])
+    forks.wait_for("pausing in _final_metrics")
+    os.kill(process, signal.SIGKILL)
+    forks.end()
+    candidates = folder / "digits/shallownet/label-smoothing/seed0/candidates"
+    kills = 0
+    while candidates.exists():
+        assert kills < 100
+        # Each start removes one file or folder more.
+        forks.run(*new, "--overwrite", "--output_dir", folder, kill_at=1, status=-signal.SIGKILL)
+        kills += 1
+        shutil.copytree(folder, tmp_path / str(kills))
+        forks.run(*old, "--output_dir", tmp_path / str(kills))
+        assert_same_outcome(tmp_path / str(kills), tmp_path / "old")
+    print(f"\n{kills} kills while an earlier run is removed")
+    assert kills >= 10
+    forks.run(*new, "--overwrite", "--output_dir", folder)
+    assert_same_outcome(folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision", "bfloat16", "--optimizer", "adam", "--augment", "crop-flip"),
+        ("--schedule", "cosine", "--weight_decay", 0.01, "--estop", 2),
+        ("--model", "resnet56", "--batch_size", 500, "--epochs", 1),
+    ],
+)
+def test_every_state_of_a_recipe_comes_back(forks, tmp_path, flags):
+    """Adam's moments, the schedule, early stopping, batch norm, dropout, bfloat16."""
+    command = (*VANILLA, "--epochs", 4, "--save_every", 1e-9, *flags)
+    forks.run(*command, "--output_dir", tmp_path / "whole")
+    folder, kills, status = tmp_path / "killed", 0, None
+    while status != 0 and kills < 100:
+        forks.start(*command, "--output_dir", folder, kill_at=11)
+        status = forks.end()
+        assert status in (0, -signal.SIGKILL), forks.said
+        assert kills == 0 or "continued after epoch" in forks.said
+        kills += status != 0
+    print(f"\n{kills} kills with {flags}")
+    assert kills >= 2
+    assert_same_outcome(folder, tmp_path / "whole")
+
+
+def test_a_finished_run_is_reported_and_nothing_is_written(forks, teacher):
+    folder = teacher.parent
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
+    command = (*VANILLA, "--epochs", 3, "--output_dir", folder.parents[3])
+    said = forks.run(*command)
+    assert f"finished earlier, nothing to do (--overwrite starts anew): {teacher}" in said
+    assert "best epoch" in said
+    assert "epoch   1/3" not in said
+    del before[folder / ".lock"]
+    for path, state in before.items():
+        assert (path.stat().st_mtime_ns, path.stat().st_ino) == state
+
+
+def test_settings_may_not_change_on_the_way_but_the_data_folder_may(forks, tmp_path):
+    command = (*VANILLA, "--epochs", 3, "--save_every", 0, "--output_dir", tmp_path)
+    forks.run(*command, kill_at=12, status=-signal.SIGKILL)
+    before = files(tmp_path)
+    said = forks.run(*command, "--lr", 0.05, status=2)
+    assert "recipe.lr is 0.1 there and 0.05 here" in said
+    assert {name: before[name] for name in before if ".tmp" not in name} == files(tmp_path)
+    said = forks.run(*command, "--data_dir", tmp_path / "elsewhere", "--device", "cpu")
+    assert "continued after epoch" in said
+
+
+# -------------------------------------------------------------------------- signals, second process
+
+
+def assert_stopped(forks, process: int, number: int, again: int = 0) -> None:
+    """Sends the signal, and it again while the state is being saved."""
+    os.kill(process, number)
+    began = time.monotonic()
+    for _ in range(again):
+        time.sleep(0.005)
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            break
+    status = forks.end()
+    assert time.monotonic() - began < 5
+    assert status == 128 + number, forks.said
+    *_, line = forks.said.splitlines()
+    assert f": stopped by {signal.Signals(number).name}; " in line
+    assert "to continue: python " in line
+    assert "Traceback" not in forks.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("again", [0, 20])
+def test_a_signal_finishes_the_step_and_saves(forks, tmp_path, number, again):
+    command = (*VANILLA, "--epochs", 400, "--estop", 0, "--output_dir", tmp_path)
+    process = forks.start(*command)
+    forks.wait_for("epoch   2/400")
+    assert_stopped(forks, process, number, again)
+    assert "training state saved" in forks.said
+    again = forks.said.partition("to continue: ")[2].split()
+    assert again == ["python", *map(str, command)]
+    folder = tmp_path / "digits/shallownet/vanilla/seed0"
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "best.pt", "config.json", "history.csv", "last.pt",
+    }  # fmt: skip
+    state = checkpoint.read_tensors(folder / "last.pt")["progress"]
+    process = forks.start(*command)
+    forks.wait_for("continued after")
+    assert f"continued after epoch {state['epoch']}, step {state['step']}\n" in forks.said
+    os.kill(process, signal.SIGKILL)
+    forks.end()
+
+
+@pytest.mark.parametrize(
+    "function", ["requested_values", "_check_network", "collect_logits", "_final_metrics"]
+)
+def test_a_signal_outside_the_steps_is_obeyed_too(forks, teacher, tmp_path, function):
+    """Between the data and the training, in the evaluation of an epoch, and in that at the end."""
+    command = (*VANILLA, "--epochs", 3, "--output_dir", tmp_path)
+    process = forks.start(*command, pause=[function, 1])
+    forks.wait_for(f"pausing in {function}")
+    assert_stopped(forks, process, signal.SIGTERM)
+    forks.run(*command)
+    assert_same_outcome(tmp_path, teacher.parents[4])
+
+
+def test_a_signal_between_two_trials_is_obeyed(forks, tmp_path):
+    command = (*VANILLA, "--epochs", 1, "--trials", 200, "--output_dir", tmp_path)
+    process = forks.start(*command)
+    forks.wait_for("checkpoint: ")
+    assert_stopped(forks, process, signal.SIGINT, again=3)
+    said = forks.run(*VANILLA, "--epochs", 1, "--trials", 2, "--output_dir", tmp_path)
+    assert "finished earlier" in said
+
+
+def test_a_signal_in_a_finalizer_is_not_lost():
+    """Python ignores what is raised there."""
+    program = """
+import os, signal, time
+from utils.errors import run
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+def main():
+    Dropped()
+    time.sleep(60)
+
+run(main)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr.startswith("-c: stopped by SIGTERM; to continue: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_what_continues_a_run_that_was_overwriting_does_not_overwrite(forks, tmp_path):
+    command = (*VANILLA, "--epochs", 400, "--estop", 0, "--output_dir", tmp_path)
+    process = forks.start(*command, "--overwrite")
+    forks.wait_for("epoch   1/400")
+    assert_stopped(forks, process, signal.SIGTERM)
+    assert "--overwrite" not in forks.said
+
+
+def test_a_signal_through_the_real_command_line(tmp_path):
+    process = start(*VANILLA, "--epochs", 4000, "--estop", 0, "--output_dir", tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch   1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 130
+    assert error.startswith("Vanilla-cross-entropy.py: stopped by SIGINT; training state saved; ")
+    assert error.count("\n") == 1
+
+
+def test_a_second_process_disturbs_nothing_and_a_dead_ones_lock_is_no_obstacle(
+    forks, tmp_path, tmp_path_factory
+):
+    command = (*VANILLA, "--epochs", 2, "--output_dir", tmp_path)
+    process = forks.start(*command, pause=["collect_logits", 600])
+    forks.wait_for("pausing")
+    before = files(tmp_path)
+    second = Forks(tmp_path_factory.mktemp("log") / "log")
+    for flags in ((), ("--overwrite",)):
+        *_, line = second.run(*command, *flags, status=2).splitlines()
+        assert line.startswith("Vanilla-cross-entropy.py: error: another process is training in")
+        assert "Traceback" not in second.said
+        assert files(tmp_path) == before
+    second.server.communicate()
+    os.kill(process, signal.SIGKILL)
+    assert forks.end() == -signal.SIGKILL
+    assert (tmp_path / "digits/shallownet/vanilla/seed0/.lock").exists()
+    forks.run(*command)
+
+
+# ------------------------------------------------------------------------------ disk full, diverged
+
+
+def assert_refused_but_whole(forks, said: str, folder: Path) -> None:
+    """One line says that a file cannot be written; those that are there can be used."""
+    *_, line = said.splitlines()
+    assert re.search(r": error: cannot write .*; any earlier file is untouched$", line), said
+    assert "Traceback" not in said
+    assert not list(folder.rglob("*.tmp"))
+    for path in folder.rglob("best.pt"):
+        checkpoint.load(path)
+    for path in folder.rglob("last.pt"):
+        checkpoint.read_tensors(path)
+
+
+def test_a_full_disk_at_every_write_leaves_the_earlier_files_whole(forks, tmp_path):
+    command = (*SEARCH, 0.05, 0.3)
+    forks.run(*command, "--output_dir", tmp_path / "whole")
+    folder = tmp_path / "full"
+    for moment in range(1, 200):
+        forks.start(*command, "--output_dir", folder, full_at=moment)
+        status = forks.end()
+        if status == 0:
+            break
+        assert status == 2, forks.said
+        assert_refused_but_whole(forks, forks.said, folder)
+        if moment % 4 == 0:  # each of the others finds what the one before it has left
+            forks.run(*command, "--output_dir", folder)
+            assert_same_outcome(folder, tmp_path / "whole")
+            shutil.rmtree(folder)
+    assert moment > 12
+    assert_same_outcome(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("file", "share"), [("last.pt", 0.9), ("best.pt", 0.5), ("config.json", 0.9)]
+)
+def test_a_file_size_limit_leaves_the_earlier_checkpoint_whole(
+    forks, teacher, tmp_path, file, share
+):
+    """Halfway through the tensors, where torch.save does not say that the disk is full."""
+    command = (*VANILLA, "--epochs", 3, "--save_every", 0, "--output_dir", tmp_path)
+    forks.run(*command, kill_at=12, status=-signal.SIGKILL)
+    limit = int(share * (teacher.parent / file).stat().st_size)
+    said = forks.run(*command, limit=limit, status=2)
+    assert "File too large" in said
+    assert_refused_but_whole(forks, said, tmp_path)
+    assert list(tmp_path.rglob("best.pt"))
+    forks.run(*command)
+    assert_same_outcome(tmp_path, teacher.parents[4])
+
+
+def test_a_full_file_system_leaves_the_earlier_checkpoint_whole(forks, teacher, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only who may mount file systems can make a small one")
+    try:
+        command = (*VANILLA, "--epochs", 3, "--save_every", 0, "--output_dir", tmp_path)
+        forks.run(*command, kill_at=12, status=-signal.SIGKILL)
+        with suppress(OSError), open(tmp_path / "filler", "wb") as filler:
+            while filler.write(bytes(4096)):
+                filler.flush()
+        said = forks.run(*command, status=2)
+        assert "No space left on device" in said
+        (tmp_path / "filler").unlink()
+        assert_refused_but_whole(forks, said, tmp_path)
+        assert list(tmp_path.rglob("best.pt"))
+        forks.run(*command)
+        assert_same_outcome(tmp_path, teacher.parents[4])
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_loss_that_diverges_leaves_the_last_good_checkpoint(forks, tmp_path):
+    # Each step multiplies the weights by a number below -1, so they overflow after a few epochs.
+    command = (
+        "Vanilla-cross-entropy.py", "--model", "simple_dense", "--epochs", 30, "--estop", 0,
+        "--weight_decay", 60, "--output_dir", tmp_path,
+    )  # fmt: skip
+    first = forks.run(*command, status=3)
+    *_, line = first.splitlines()
+    found = re.search(r"NaN or infinite in epoch (\d+)(, step \d+)? at learning rate 0.1;", line)
+    assert found, first
+    assert "try a smaller --lr" in line
+    epoch = int(found[1])
+    assert epoch > 1
+    folder = tmp_path / "digits/simple_dense/vanilla/seed0"
+    assert checkpoint.load(folder / "best.pt").training["epoch"] < epoch
+    assert checkpoint.read_tensors(folder / "last.pt")["progress"]["epoch"] == epoch - 1
+    before = files(tmp_path)
+    again = forks.run(*command, status=3)
+    assert again.splitlines()[-1] == line
+    assert f"continued after epoch {epoch - 1}, step 0" in again
+    after = files(tmp_path)
+    assert [name for name in before if before[name] != after[name]] == []
