@@ -51,6 +51,7 @@ def refused(monkeypatch, capsys):
 
     def call(script: str, *arguments, written: Path | None = None) -> str:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        hook = sys.unraisablehook
         before = files(written) if written else None
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
@@ -60,6 +61,7 @@ def refused(monkeypatch, capsys):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            sys.unraisablehook = hook
         error = capsys.readouterr().err
         assert ended.value.code == 2, error
         lines = error.strip().splitlines()
