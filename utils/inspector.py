@@ -332,7 +332,7 @@ def draw(
     picture.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     picture.set(xticks=[], yticks=[])
     picture.spines[:].set_visible(False)
-    picture.set_title(textwrap.fill(heading[0].upper() + heading[1:], 24))
+    picture.set_title(textwrap.fill(heading[0].upper() + heading[1:], 20))
 
     now = figure.add_subplot(grid[1, 0])
     _probability_axes(now, names, shown)
