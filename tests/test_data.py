@@ -12,9 +12,12 @@ import pickle
 import shutil
 import socket
 import struct
+import tarfile
 import threading
 import urllib.request
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import URLError
 
@@ -36,6 +39,7 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+URLOPEN = urllib.request.urlopen
 DOWNLOADED = ("mnist", "fashionmnist", "cifar10", "cifar100", "svhn")
 
 
@@ -280,6 +284,27 @@ def test_a_changed_byte_is_noticed_by_the_checksum(name, tmp_path, monkeypatch):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert str(tmp_path / "data") in error_of(name, tmp_path / "data")
+
+
+def test_a_partial_download_is_repeated_and_not_used(tmp_path, monkeypatch):
+    parts, _ = write_cifar10(tmp_path / "server", monkeypatch)
+    archive = tmp_path / "server/cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(tmp_path / "server" / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
+    served = partial(SimpleHTTPRequestHandler, directory=archive.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(urllib.request, "urlopen", URLOPEN)
+        url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+        monkeypatch.setattr(datasets.CIFAR10, "url", url)
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive))
+        (tmp_path / "data").mkdir()
+        downloaded = tmp_path / "data" / archive.name
+        downloaded.write_bytes(archive.read_bytes()[:-100])
+        data = data_loader.load("cifar10", tmp_path / "data")
+        server.shutdown()
+    assert downloaded.read_bytes() == archive.read_bytes()
+    np.testing.assert_array_equal(data.images[data.train_size :].numpy(), parts["test"][0])
 
 
 def test_an_interrupted_copy_of_the_debian_package_is_repeated(tmp_path, monkeypatch):
