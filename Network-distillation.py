@@ -11,6 +11,7 @@ CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vani
           --epochs 5
 """
 
+import shlex
 from pathlib import Path
 
 from models import canonical_name, model_names
@@ -112,7 +113,7 @@ def main() -> None:
             method += "-scaled" if scaled else ""
             train_trial(trial, method, requested_values(args), make_loss)
     print("\nNext, see teachers and students side by side:")
-    print(f"  python Models-evaluation.py {args.output_dir}")
+    arguments.print_next(args, shlex.join(["Models-evaluation.py", args.output_dir]))
 
 
 if __name__ == "__main__":

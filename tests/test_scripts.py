@@ -58,7 +58,10 @@ def test_a_run_leaves_the_files_that_are_promised(runs):
         "config.json", "history.csv", "best.pt", "last.pt", "metrics.json",
     }  # fmt: skip
     assert f"checkpoint: {run_folder / 'best.pt'}" in said["ls"].out
-    assert "python Models-evaluation.py" in said["ls"].out
+    lines = said["ls"].out.strip().splitlines()
+    assert lines[-2] == f"  python Models-evaluation.py {folder / 'runs/digits'}"
+    assert lines[-1].startswith(f"  python Network-distillation.py --teacher {run_folder.parent}")
+    assert lines[-1].endswith(f"/seed1/best.pt --output_dir {folder / 'runs'}")
     history = pd.read_csv(run_folder / "history.csv")
     assert list(history["epoch"]) == [1, 2, 3]
     config = json.loads((run_folder / "config.json").read_text())

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -352,3 +353,14 @@ def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:
 
 def model_name(args: argparse.Namespace) -> str:
     return canonical_name(args.model)
+
+
+def print_next(args: argparse.Namespace, *commands: str) -> None:
+    """Says which commands come next, with the flags of this one that they need."""
+    needed = ""
+    if args.data_dir != "data":
+        needed += f" --data_dir {shlex.quote(args.data_dir)}"
+    for command in commands:
+        if args.output_dir != "runs" and command.startswith("Network-distillation.py"):
+            needed += f" --output_dir {shlex.quote(args.output_dir)}"
+        print(f"  python {command}{needed}")

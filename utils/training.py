@@ -14,6 +14,7 @@ import json
 import math
 import os
 import reprlib
+import shlex
 import shutil
 import time
 import warnings
@@ -120,8 +121,11 @@ def train_method(
             trial.teacher = find_teacher(trial, args)
         paths.append(train_trial(trial, method, requested_values(args), make_loss))
     print("\nNext, evaluate the checkpoint or distil it into the shallow student:")
-    print(f"  python Models-evaluation.py {Path(args.output_dir) / args.dataset}")
-    print(f"  python Network-distillation.py --teacher {' '.join(map(str, paths))}")
+    arguments.print_next(
+        args,
+        shlex.join(["Models-evaluation.py", str(Path(args.output_dir) / args.dataset)]),
+        shlex.join(["Network-distillation.py", "--teacher", *map(str, paths)]),
+    )
 
 
 def new_trial(args: argparse.Namespace, data: ImageData, seed: int) -> Trial:
