@@ -12,7 +12,6 @@ CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vani
 """
 
 import shlex
-from pathlib import Path
 
 from models import canonical_name, model_names
 from utils import arguments, checkpoint, data_loader
@@ -20,7 +19,7 @@ from utils.arguments import add_hyper_parameter, number, one_of, positive_float,
 from utils.errors import run
 from utils.losses import distillation_terms
 from utils.teacher import warn_of_leak
-from utils.training import Trial, requested_values, train_trial
+from utils.training import Trial, new_trial, requested_values, train_trial
 
 
 def make_loss(trial, alpha, temperature):
@@ -43,20 +42,17 @@ def make_loss(trial, alpha, temperature):
 def student_trial(args, teacher, scaled: bool) -> Trial:
     """The teacher's data set and split, and its seed unless --seed says otherwise."""
     data, _ = data_loader.reload(teacher.data, args.data_dir, args.device)
-    return Trial(
-        data=data,
-        image_size=teacher.data["image_size"],
-        model_name=canonical_name(args.student),
-        seed=teacher.training["seed"] if args.seed is None else args.seed,
-        recipe=arguments.recipe(args, data.name, teacher.data["tr_size"]),
-        device=args.device,
-        output_dir=Path(args.output_dir),
-        ece_bins=args.ece_bins,
-        overwrite=args.overwrite,
-        save_every=args.save_every,
-        teacher=teacher,
-        teacher_use={"scaled": scaled},
+    seed = teacher.training["seed"] if args.seed is None else args.seed
+    trial = new_trial(
+        args,
+        data,
+        canonical_name(args.student),
+        seed,
+        teacher.data["tr_size"],
+        teacher.data["image_size"],
     )
+    trial.teacher, trial.teacher_use = teacher, {"scaled": scaled}
+    return trial
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models import MODELS, canonical_name, model_names
+from models import MODELS, model_names
 from utils.checkpoint import MAX_SIDE
 from utils.data_loader import AUGMENTATIONS, READERS
 from utils.errors import InputError
@@ -349,10 +349,6 @@ def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:
             f"--num_classes {args.num_classes} given, but {args.dataset} has {len(classes)} "
             "classes; leave the flag out or give that number"
         )
-
-
-def model_name(args: argparse.Namespace) -> str:
-    return canonical_name(args.model)
 
 
 def print_next(args: argparse.Namespace, *commands: str) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import ImageClassifier, build_model
+from models import ImageClassifier, build_model, canonical_name
 from utils import arguments, checkpoint, data_loader
 from utils.data_loader import AUGMENTATIONS, Batch, ImageData, Splits
 from utils.errors import DivergedError, InputError, Stopped, StopRequest
@@ -116,7 +116,9 @@ def train_method(
     data = data.to(args.device)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
-        trial = new_trial(args, data, seed)
+        trial = new_trial(
+            args, data, canonical_name(args.model), seed, args.tr_size, args.image_size
+        )
         if find_teacher:
             trial.teacher = find_teacher(trial, args)
         paths.append(train_trial(trial, method, requested_values(args), make_loss))
@@ -128,14 +130,21 @@ def train_method(
     )
 
 
-def new_trial(args: argparse.Namespace, data: ImageData, seed: int) -> Trial:
-    recipe = arguments.recipe(args, args.dataset, args.tr_size)
+def new_trial(
+    args: argparse.Namespace,
+    data: ImageData,
+    model_name: str,
+    seed: int,
+    tr_size: float,
+    image_size: int | None,
+) -> Trial:
+    """A trial as the flags say that training and distillation share; the rest is given."""
     return Trial(
         data=data,
-        image_size=args.image_size,
-        model_name=arguments.model_name(args),
+        image_size=image_size,
+        model_name=model_name,
         seed=seed,
-        recipe=recipe,
+        recipe=arguments.recipe(args, data.name, tr_size),
         device=args.device,
         output_dir=Path(args.output_dir),
         ece_bins=args.ece_bins,
@@ -243,7 +252,7 @@ def _run_folder(folder: Path, settings: dict, trial: Trial):
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"another process is training in {folder}; wait for its end") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
         raise InputError(f"cannot use the output folder {folder}: {error}") from None
     with lock:
         for place in (folder, *folder.glob("candidates/*")):
