@@ -50,7 +50,7 @@ def make_loss(trial, variant, **hyper_parameters):
         if variant == "class":
             teacher_logits = averages[batch.labels]
         else:
-            teacher_logits = trial.teacher_logits(batch).float() / scaling
+            teacher_logits = trial.teacher_logits(batch) / scaling
         return {
             "loss": instance_based_smoothing_loss(
                 logits, batch.labels, teacher_logits, variant=variant, **hyper_parameters

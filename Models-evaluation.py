@@ -173,8 +173,8 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
         "ece_bins": ece_bins,
     }
     rows = []
-    for split in ("validation", "test"):
-        logits, labels = evaluated.logits[split], evaluated.labels[split]
+    for split, logits in evaluated.logits.items():
+        labels = evaluated.labels[split]
         similarity = comparison.class_similarity(logits, labels)
         for scaling, temperature in (("no", 1.0), ("yes", evaluated.temperature)):
             scaled = logits.double() / temperature

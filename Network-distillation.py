@@ -14,7 +14,7 @@ CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vani
 import shlex
 
 from models import canonical_name, model_names
-from utils import arguments, checkpoint, data_loader
+from utils import arguments, checkpoint, data_loader, distributed
 from utils.arguments import add_hyper_parameter, number, one_of, positive_float, training_parser
 from utils.errors import run
 from utils.losses import distillation_terms
@@ -26,7 +26,7 @@ def make_loss(trial, alpha, temperature):
     scaling = trial.teacher.temperature if trial.teacher_use["scaled"] else 1.0
 
     def loss(logits, batch):
-        teacher_logits = trial.teacher_logits(batch).float() / scaling
+        teacher_logits = trial.teacher_logits(batch) / scaling
         teacher_term, label_term = distillation_terms(
             logits, batch.labels, teacher_logits, temperature
         )
@@ -48,6 +48,7 @@ def student_trial(args, teacher, scaled: bool) -> Trial:
         data,
         canonical_name(args.student),
         seed,
+        teacher.data["protocol"],
         teacher.data["tr_size"],
         teacher.data["image_size"],
     )
@@ -96,6 +97,7 @@ def main() -> None:
         "T > 0 that softens both networks' probabilities; 1 is off",
     )
     args = parser.parse_args()
+    args.device = distributed.start(args.device)
 
     for path in checkpoint.find(args.teacher):
         teacher = checkpoint.load(path, args.device)

@@ -311,12 +311,14 @@ def sound() -> dict:
             "requested": {},
             "seed": 0,
             "epoch": 1,
+            "trained_on": "train",
             "recipe": {"optimizer": "sgd", "lr": 0.1, "tr_size": 0.8},
         },
         data={
             "dataset": "digits",
             "classes": list(data.classes),
             "image_size": None,
+            "protocol": "ils",
             "tr_size": 0.8,
             "seed": 0,
             "fingerprint": data.fingerprint,
@@ -506,7 +508,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("format", [0, 2, "1", None]),
+        ("format", [0, 1, "2", None]),
         ("model.name", ["resnet19", "../vanilla", "densetnet", ["shallownet"]]),
         ("model.num_classes", [1, 0, 11, 10**12, 10.0, True, "10"]),
         (

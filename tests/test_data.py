@@ -444,6 +444,17 @@ def test_the_fingerprint_is_of_every_pixel_label_and_the_division(data):
     assert same.fingerprint in prints
 
 
+def test_protocol_lr_draws_the_test_images_anew_for_each_seed(data):
+    one, same, other = (data_loader.split(data, 0.75, seed, "lr") for seed in (1, 1, 2))
+    assert one.hashes() == same.hashes()
+    assert not torch.equal(one.test, other.test)
+    official = data_loader.split(data, 0.75, 1)
+    assert [len(part) for part in one] == [len(part) for part in official]
+    assert torch.cat(one).unique().tolist() == list(range(len(data.labels)))
+    assert one.test.min() < data.train_size, "no official training image is tested"
+    assert torch.equal(one.of("train+validation"), torch.cat([one.train, one.validation]))
+
+
 def test_reload_gives_the_images_and_splits_of_the_description_or_nothing(tmp_path, monkeypatch):
     write_imagefolder(tmp_path / "one", monkeypatch)
     data = data_loader.load("imagefolder", tmp_path / "one")
@@ -453,6 +464,7 @@ def test_reload_gives_the_images_and_splits_of_the_description_or_nothing(tmp_pa
         "classes": ["ant", "bee"],
         "image_size": None,
         "input_shape": (3, 9, 7),
+        "protocol": "ils",
         "tr_size": 0.5,
         "seed": 3,
         "fingerprint": data.fingerprint,
@@ -491,6 +503,10 @@ def epoch(data, augmentation="none", batch_size=16, seed=0, number=0, first=0, c
 
 def order(batches) -> list[int]:
     return torch.cat([batch.indices for batch in batches]).tolist()
+
+
+def same_batch(one, other) -> bool:
+    return one.count == other.count and all(map(torch.equal, one[:4], other[:4]))
 
 
 def as_stored(batch) -> np.ndarray:
@@ -537,7 +553,7 @@ def test_order_and_augmentation_are_a_function_of_seed_and_epoch(data, name):
     again = epoch(data, name, seed=5, number=2)
     assert torch.equal(torch.get_rng_state(), state)
     for batch, same in zip(batches, again, strict=True):
-        assert all(map(torch.equal, batch, same))
+        assert same_batch(batch, same)
     for other in (epoch(data, name, seed=5, number=3), epoch(data, name, seed=6, number=2)):
         assert order(other) != order(batches)
     # What is done to the images does not change their order: runs are paired across settings.
@@ -548,7 +564,45 @@ def test_order_and_augmentation_are_a_function_of_seed_and_epoch(data, name):
 def test_an_interrupted_epoch_goes_on_exactly_where_it_stopped(data, first):
     rest = epoch(data, "crop-flip", first=first)
     for batch, same in zip(epoch(data, "crop-flip")[first:], rest, strict=True):
-        assert all(map(torch.equal, batch, same))
+        assert same_batch(batch, same)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_shards_of_several_processes_are_the_batch_without_duplicates(data, processes):
+    whole = epoch(data, "crop-flip", count=70)
+    shards = [
+        list(
+            data_loader.shuffled_batches(
+                data, torch.arange(70), 16, AUGMENTATIONS["crop-flip"], 0, 0,
+                shard=data_loader.Shard(rank, processes),
+            )
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    for batch, *parts in zip(whole, *shards, strict=True):
+        assert {part.count for part in parts} == {batch.count} == {len(batch.labels)}
+        for rank, part in enumerate(parts):
+            for field, field_of_part in zip(batch[:4], part[:4], strict=True):
+                assert torch.equal(field[rank::processes], field_of_part)
+
+
+def test_a_last_batch_that_some_process_would_have_no_image_of_is_left_out():
+    assert data_loader.steps_per_epoch(34, 16, 2) == 3
+    assert data_loader.steps_per_epoch(34, 16, 3) == 2
+    assert data_loader.steps_per_epoch(35, 16, 3) == 3
+
+
+def test_a_batch_says_which_of_its_images_are_flipped(data):
+    seen = set()
+    for batch in epoch(data, "flip"):
+        for image, index, flipped in zip(
+            as_stored(batch), batch.indices, batch.flipped, strict=True
+        ):
+            source = data.images[index].numpy()
+            assert np.array_equal(image, source[:, ::-1] if flipped else source)
+            seen.add(bool(flipped))
+    assert seen == {False, True}
+    assert not any(batch.flipped.any() for batch in epoch(data, "crop"))
 
 
 def test_about_half_of_the_images_are_flipped_left_right(data):

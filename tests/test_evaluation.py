@@ -47,12 +47,14 @@ def make(digits):
             "requested": {},
             "seed": seed,
             "epoch": 1,
+            "trained_on": "train",
             "recipe": {"lr": 0.01},
         }
         data = {
             "dataset": "digits",
             "classes": list(digits.classes),
             "image_size": None,
+            "protocol": "ils",
             "tr_size": 0.8,
             "seed": seed if data_seed is None else data_seed,
             "fingerprint": digits.fingerprint,

@@ -258,7 +258,8 @@ def small_trial(folder: Path) -> training.Trial:
     )
     recipe = {
         "optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "schedule": "steps", "batch_size": 8,
-        "epochs": 2, "estop": 0, "augment": "none", "precision": "float32", "tr_size": 0.8,
+        "epochs": 2, "estop": 0, "augment": "none", "precision": "float32", "compile": False,
+        "deterministic": False, "protocol": "ils", "tr_size": 0.8,
     }  # fmt: skip
     return training.Trial(
         data, None, "shallownet", 0, recipe, torch.device("cpu"), folder, 10, save_every=1e-9
@@ -283,7 +284,7 @@ def fit(trial: training.Trial, folder: Path, steps: float = float("inf")) -> Non
 
         return loss
 
-    training.fit(trial, "vanilla", {"smoothing": 0.1}, {"smoothing": [0.1]}, make_loss, folder)
+    training._train(trial, "vanilla", {"smoothing": 0.1}, {"smoothing": [0.1]}, make_loss, folder)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +346,9 @@ def test_checkpoints_as_archives(strangers, run_folder):
             way = zipfile.ZIP_DEFLATED
             now[draw.choice((name, "more"))] = bytes(2 * 10**8 if draw.random() < 0.1 else 10**6)
         elif kind == 4:
-            now[pickled] = pickle.dumps(draw.choice((payload, {"format": 1, "weights": payload})))
+            now[pickled] = pickle.dumps(
+                draw.choice((payload, {"format": checkpoint.FORMAT, "weights": payload}))
+            )
         elif kind == 5:
             now[pickled] = mutate_bytes(now[pickled], draw)
         elif kind == 6:
@@ -417,7 +420,7 @@ def test_settings(strangers):
 
     def case(draw):
         path.write_bytes(mutate_json(content, draw))
-        return lambda: training._check_settings(path, settings)
+        return lambda: training.run_folder.check_settings(path, settings)
 
     strangers.run("config.json", case)
 

@@ -33,6 +33,7 @@ def teacher() -> Evaluated:
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
         "input_shape": data.input_shape,
+        "protocol": "ils",
         "tr_size": 0.8,
         "seed": 0,
         "splits": splits.hashes(),

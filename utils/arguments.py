@@ -11,13 +11,14 @@ import torch
 
 from models import MODELS, model_names
 from utils.checkpoint import MAX_SIDE
-from utils.data_loader import AUGMENTATIONS, READERS
+from utils.data_loader import AUGMENTATIONS, PROTOCOLS, READERS
 from utils.errors import InputError
 
 PARAMS = json.loads(Path(__file__).with_name("params.json").read_text())
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("steps", "cosine", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
+SELECTIONS = ("log_loss", "accuracy", "ece")
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,10 +163,9 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
     add(
         "--estop",
         type=non_negative_int,
-        default=recipe["estop"],
         metavar="N",
         help="epochs without a better validation log loss before training stops; 0 turns it off "
-        "(default: %(default)s)",
+        f"(default: {recipe['estop']}; 0 with --protocol lr, which keeps the last epoch)",
     )
     add(
         "--augment",
@@ -181,10 +181,16 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         type=one_of(PRECISIONS),
         default="auto",
         metavar="NAME",
-        help="of the network's arithmetic: float32, bfloat16 (mixed), or auto: bfloat16 on CUDA, "
-        "float32 on the CPU; losses are float32 always (default: %(default)s)",
+        help="of the network's arithmetic: float32, bfloat16 (mixed), or auto: bfloat16 on CUDA "
+        "and on a CPU that has instructions for it, else float32; losses are float32 always "
+        "(default: %(default)s)",
     )
-
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the networks with torch.compile: faster steps after a minute or so at the "
+        "start (default: off)",
+    )
     add(
         "--deterministic",
         action="store_true",
@@ -212,6 +218,14 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
             help="seeds in a row, from --seed on (default: %(default)s)",
         )
     add(
+        "--select_by",
+        type=one_of(SELECTIONS),
+        default="log_loss",
+        metavar="NAME",
+        help=f"which validation metric selects among several values of hyper-parameters: "
+        f"{', '.join(SELECTIONS)} (default: %(default)s)",
+    )
+    add(
         "--output_dir",
         default="runs",
         metavar="DIR",
@@ -232,7 +246,7 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         "(default: %(default)s)",
     )
     add_evaluation_flags(parser)
-    parser.set_defaults(hyper_parameters=())
+    parser.set_defaults(hyper_parameters=(), defaults=defaults)
     return parser
 
 
@@ -252,12 +266,20 @@ def add_data_flags(parser: Parser) -> None:
         help="number of classes, checked against the data set (default: the data set's)",
     )
     add(
+        "--protocol",
+        type=one_of(PROTOCOLS),
+        default="ils",
+        metavar="NAME",
+        help="ils: official test split, best epoch kept; lr: all images are split anew for each "
+        "seed, the last epoch is kept, and the network that is tested is trained on training and "
+        "validation split (default: %(default)s)",
+    )
+    add(
         "--tr_size",
-        default=0.8,
         metavar="SHARE",
         type=number(float, 0, 1, open_low=True, open_high=True),
         help="share of the training images that is trained on, the rest is the validation split "
-        "(default: %(default)s)",
+        "(default: 0.8; 5/6 with --protocol lr)",
     )
     add(
         "--image_size",
@@ -322,12 +344,16 @@ def add_hyper_parameter(
     )
 
 
-def recipe(args: argparse.Namespace, dataset: str, tr_size: float) -> dict:
+def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float | None) -> dict:
     """How a network is trained, whatever the method: plain values, kept in config.json."""
     augment = PARAMS["augmentation"][dataset] if args.augment == "auto" else args.augment
-    precision = args.precision
-    if precision == "auto":
-        precision = "bfloat16" if args.device.type == "cuda" else "float32"
+    estop, keeps_last = args.estop, protocol == "lr"
+    if estop is None:
+        estop = 0 if keeps_last else PARAMS[args.defaults]["estop"]
+    elif estop and keeps_last:
+        raise InputError(
+            f"--estop {estop} given, but --protocol lr keeps the last of all epochs; 0 expected"
+        )
     return {
         "optimizer": args.optimizer,
         "lr": args.lr,
@@ -335,12 +361,21 @@ def recipe(args: argparse.Namespace, dataset: str, tr_size: float) -> dict:
         "schedule": args.schedule,
         "batch_size": args.batch_size,
         "epochs": args.epochs,
-        "estop": args.estop,
+        "estop": estop,
         "augment": augment,
-        "precision": precision,
+        "precision": _precision(args.device) if args.precision == "auto" else args.precision,
+        "compile": args.compile,
         "deterministic": args.deterministic,
-        "tr_size": tr_size,
+        "protocol": protocol,
+        "tr_size": tr_size or (5 / 6 if keeps_last else 0.8),
     }
+
+
+def _precision(device: torch.device) -> str:
+    """bfloat16 where the processor has instructions for it: see docs/performance.md."""
+    here = torch.cpu.get_capabilities()
+    native = here.get("avx512_bf16") or here.get("amx_bf16") or here.get("bf16")
+    return "bfloat16" if device.type == "cuda" or native else "float32"
 
 
 def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:

@@ -28,10 +28,11 @@ import torchvision
 from torch import nn
 
 from models import MODELS, build_model
-from utils.data_loader import READERS
+from utils import distributed
+from utils.data_loader import PROTOCOLS, READERS
 from utils.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -40,8 +41,17 @@ FORMAT = 1
 def write_file(path: Path, write: Callable) -> None:
     """Calls write(binary file) on a temporary file and renames it, so that path is always whole.
 
-    Its folder is made if need be. Raises InputError, on a full disk for instance.
+    Its folder is made if need be. Of several processes of one training, which all call this, the
+    first writes, not before the others have read what was there, and they wait for it. Raises
+    InputError, on a full disk for instance.
     """
+    distributed.wait_for_all()
+    if distributed.is_first():
+        _write_file(path, write)
+    distributed.wait_for_all()
+
+
+def _write_file(path: Path, write: Callable) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +89,13 @@ def write_tensors(path: Path, content: dict) -> None:
     write_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def update(path: Path, **fields) -> None:
+    """Replaces fields of a file written by write_tensors, if they are not so already."""
+    content = read_tensors(path)
+    if any(content[name] != value for name, value in fields.items()):
+        write_tensors(path, {**content, **fields})
+
+
 def copy_file(source: Path, target: Path) -> None:
     try:
         content = source.read_bytes()
@@ -96,8 +113,9 @@ class Checkpoint:
 
     path: Path
     model: nn.Module
-    training: dict  # method, hyper_parameters, requested, seed, epoch, recipe
-    # dataset, classes, image_size, tr_size, seed, fingerprint, splits, normalisation, input_shape
+    training: dict  # method, hyper_parameters, requested, seed, epoch, recipe, trained_on
+    # dataset, classes, image_size, protocol, tr_size, seed, fingerprint, splits, normalisation,
+    # input_shape
     data: dict
     teacher: dict | None
     temperature: float  # fitted to the validation split
@@ -293,6 +311,11 @@ def _check_fields(content: dict) -> None:
             lambda value: value is None or _whole(1, MAX_SIDE)(value),
             f"None or 1 to {MAX_SIDE}",
         ),
+        "training.trained_on": (
+            lambda value: value in ("train", "train+validation"),
+            "train or train+validation",
+        ),
+        "data.protocol": (lambda value: value in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}"),
         "data.tr_size": (_real(0, 1), "a number in (0, 1)"),
         "data.seed": (_whole(0), "a whole number"),
         "data.fingerprint": (_sha256, "a SHA-256"),
@@ -327,7 +350,12 @@ def find(paths: list[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("best.pt") if "candidates" not in p.parts)
+            # Those of a search are steps on the way to the one beside or above them.
+            inside = sorted(
+                file
+                for file in path.rglob("best.pt")
+                if not {"candidates", "selection"} & {*file.relative_to(path).parts}
+            )
             if not inside:
                 raise InputError(f"no best.pt in the folder {path} or below it")
             found.update(dict.fromkeys(inside))

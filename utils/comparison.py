@@ -89,28 +89,32 @@ def teacher_warning(
             f"seed {ours}: most likely the teacher was trained on validation images of the "
             "student, so its temperature and what was chosen by them are too good to be true"
         )
-    if teacher.data["splits"] == student.data["splits"]:
+    trained_on = teacher.training["trained_on"]
+    if teacher.data["splits"] == student.data["splits"] and trained_on == "train":
         return None
     _, ours = data_loader.reload(student.data, data_dir, device)
     _, theirs = data_loader.reload(teacher.data, data_dir, device)
-    validation, test = images_seen(theirs, ours)
+    validation, test = images_seen(theirs.of(trained_on), ours)
     if test:
         raise InputError(
             f"{student.path} has a teacher, {teacher.path}, that was trained on {test} of its "
             f"{len(ours.test)} test images; a teacher of the same seed and --tr_size would do"
         )
-    if not validation:
-        return None
+    if not validation or student.training["trained_on"] != "train":
+        return None  # where the student is trained on them too, nothing is measured with them
     return (
         f"its teacher {teacher.path} was trained on {validation} of its {len(ours.validation)} "
         "validation images, so its temperature and what was chosen by them are too good to be true"
     )
 
 
-def images_seen(teacher: data_loader.Splits, student: data_loader.Splits) -> tuple[int, int]:
-    """How many validation and test images of the student are training images of the teacher."""
-    validation = torch.isin(student.validation, teacher.train).sum()
-    test = torch.isin(student.test, teacher.train).sum()
+def images_seen(teacher: Tensor, student: data_loader.Splits) -> tuple[int, int]:
+    """How many validation and test images of the student the teacher was trained on.
+
+    teacher: positions of the images that it was trained on.
+    """
+    validation = torch.isin(student.validation, teacher).sum()
+    test = torch.isin(student.test, teacher).sum()
     return int(validation), int(test)
 
 

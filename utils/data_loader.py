@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.distributed import WHOLE, Shard
 from utils.errors import InputError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -337,6 +338,10 @@ class Splits(NamedTuple):
     validation: Tensor
     test: Tensor
 
+    def of(self, names: str) -> Tensor:
+        """The positions in one split, or in several: "train", "train+validation"."""
+        return torch.cat([getattr(self, name) for name in names.split("+")])
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the indices of each split, which a checkpoint carries."""
         return {
@@ -345,21 +350,33 @@ class Splits(NamedTuple):
         }
 
 
+PROTOCOLS = ("ils", "lr")
+
+# What random numbers are drawn for. Each has streams of its own, so that none depends on how many
+# numbers another has drawn.
+PURPOSES = {"split": 0, "order": 1, "pool": 2, "dropout": 3}
+
+
 def generator(seed: int, *purpose: int) -> torch.Generator:
-    """A random stream of its own for each seed and purpose.
+    """A random stream of its own for each seed and purpose, which may have further numbers.
 
     Split, order and augmentation never draw from the global stream, so they cannot depend on how
     many numbers a network or a method has drawn: runs of one seed are paired.
     """
+    return torch.Generator().manual_seed(stream_seed(seed, *purpose))
+
+
+def stream_seed(seed: int, *purpose: int) -> int:
     state = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    return int(state[0])
 
 
-def split(data: ImageData, tr_size: float, seed: int) -> Splits:
-    """Divides the official training images at random; the official test images stay untouched.
+def split(data: ImageData, tr_size: float, seed: int, protocol: str = "ils") -> Splits:
+    """Divides the images at random, the same for every method of a seed.
 
-    tr_size: share in (0, 1) that is trained on, the rest is for validation. The same for every
-    method of a seed.
+    tr_size: share in (0, 1) of the training images that is trained on, the rest is for validation.
+    protocol: "ils" leaves the official test images untouched. "lr" pools them with the training
+    images and draws as many test images anew for each seed (LR paper, section 4).
     """
     count = round(tr_size * data.train_size)
     if not 0 < count < data.train_size:
@@ -368,9 +385,14 @@ def split(data: ImageData, tr_size: float, seed: int) -> Splits:
             f"{data.train_size} images empty; a share between {1 / data.train_size:.2g} and "
             f"{1 - 1 / data.train_size:.6g} would do"
         )
-    order = torch.randperm(data.train_size, generator=generator(seed, 0))
-    test = torch.arange(data.train_size, len(data.images))
-    return Splits(order[:count].sort().values, order[count:].sort().values, test)
+    images = torch.arange(len(data.labels))
+    if protocol == "lr":
+        images = images[torch.randperm(len(images), generator=generator(seed, PURPOSES["pool"]))]
+    training, test = images[: data.train_size], images[data.train_size :]
+    stream = generator(seed, PURPOSES["split"])
+    training = training[torch.randperm(data.train_size, generator=stream)]
+    parts = training[:count], training[count:], test
+    return Splits(*(part.sort().values for part in parts))
 
 
 def reload(
@@ -399,7 +421,7 @@ def reload(
                 f"the checkpoint does not fit its own data: {what} of {name} are {here}, and it "
                 f"says {there}"
             )
-    splits = split(data, description["tr_size"], description["seed"])
+    splits = split(data, description["tr_size"], description["seed"], description["protocol"])
     if splits.hashes() != description["splits"]:
         raise InputError(
             f"the splits of {name} drawn from seed {description['seed']} are not those that the "
@@ -448,23 +470,36 @@ AUGMENTATIONS = {
 
 class Batch(NamedTuple):
     """images: uint8 (B, C, H, W), channels-last in memory. labels: int64 (B,). indices: int64 (B,),
-    the images' positions in the data set. All on the data's device."""
+    the images' positions in the data set. flipped: bool (B,). All on the data's device.
+
+    count: images of the whole batch, of which this may be one process's share.
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    flipped: Tensor
+    count: int
 
 
-def ordered_batches(data: ImageData, indices: Tensor, batch_size: int) -> Iterator[Batch]:
-    """The images as they are, in the order of the indices: for evaluation."""
+def ordered_batches(
+    data: ImageData, indices: Tensor, batch_size: int, flip: bool = False
+) -> Iterator[Batch]:
+    """The images as they are, or all of them flipped, in the order of the indices."""
     for chosen in indices.to(data.images.device).split(batch_size):
-        yield Batch(data.images[chosen].permute(0, 3, 1, 2), data.labels[chosen], chosen)
+        images = data.images[chosen]
+        images = images.flip(2) if flip else images
+        flipped = torch.full_like(chosen, flip, dtype=torch.bool)
+        yield Batch(images.permute(0, 3, 1, 2), data.labels[chosen], chosen, flipped, len(chosen))
 
 
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """A last batch of one image is left out: batch norm has no variance over a single image."""
+def steps_per_epoch(count: int, batch_size: int, processes: int = 1) -> int:
+    """A last batch of one image is left out: batch norm has no variance over a single image.
+
+    So is one that has no image for some of the processes.
+    """
     full, rest = divmod(count, batch_size)
-    return full + (rest > 1 or (rest == 1 and full == 0))
+    return full + (rest >= max(2, processes) or (rest > 0 and full == 0))
 
 
 def shuffled_batches(
@@ -475,26 +510,30 @@ def shuffled_batches(
     seed: int,
     epoch: int,
     first: int = 0,
+    shard: Shard = WHOLE,
 ) -> Iterator[Batch]:
-    """One epoch of training batches, from batch number `first` on.
+    """One epoch of training batches, or of a shard of each, from batch number `first` on.
 
     Order and augmentation are a function of (seed, epoch) alone, drawn on the CPU: the same for
-    every method and device, and an interrupted epoch goes on where it stopped.
+    every method, device and number of processes, and an interrupted epoch goes on where it stopped.
     """
     device, count = data.images.device, len(indices)
-    stream = generator(seed, 1, epoch)
+    stream = generator(seed, PURPOSES["order"], epoch)
     order = indices[torch.randperm(count, generator=stream)].to(device)
-    flips = (torch.rand(count, generator=stream) < 0.5).to(device)
+    flips = ((torch.rand(count, generator=stream) < 0.5) & augmentation.flip).to(device)
     shifts = torch.randint(2 * augmentation.padding + 1, (count, 2), generator=stream).to(device)
-    for step in range(first, steps_per_epoch(count, batch_size)):
-        part = slice(step * batch_size, (step + 1) * batch_size)
+    for step in range(first, steps_per_epoch(count, batch_size, shard.count)):
+        start, end = step * batch_size, min((step + 1) * batch_size, count)
+        part = slice(start + shard.rank, end, shard.count)
         chosen = order[part]
         images = data.images[chosen]
         if augmentation.padding:
             images = _crop(images, shifts[part], augmentation.padding)
         if augmentation.flip:
             images = torch.where(flips[part, None, None, None], images.flip(2), images)
-        yield Batch(images.permute(0, 3, 1, 2), data.labels[chosen], chosen)
+        yield Batch(
+            images.permute(0, 3, 1, 2), data.labels[chosen], chosen, flips[part], end - start
+        )
 
 
 def _crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:

@@ -1,14 +1,15 @@
 """What a network says of a split: its logits, from which every metric is computed."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, data_loader
-from utils.data_loader import ImageData, ordered_batches
+from utils import checkpoint, data_loader, distributed
+from utils.data_loader import Batch, ImageData, ordered_batches
 from utils.errors import InputError
 from utils.evaluate import fit_temperature
 
@@ -21,13 +22,42 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels int64 (N,), in the order of the indices, on the CPU.
 
-    The images are shown as they are, without augmentation. The network's mode is restored.
+    The images are shown as they are, without augmentation; each of several processes shows its
+    share. The network's mode is restored.
     """
     was_training = model.training
     model.eval()
-    parts = [model(batch.images).float() for batch in ordered_batches(data, indices, batch_size)]
+    rank, count = distributed.shard()
+    batches = ordered_batches(data, indices[rank::count], batch_size)
+    logits = torch.cat([model(batch.images).float() for batch in batches])
     model.train(was_training)
-    return torch.cat(parts).cpu(), data.labels.cpu()[indices]
+    return distributed.gather_rows(logits, len(indices)).cpu(), data.labels.cpu()[indices]
+
+
+class StoredLogits:
+    """What a network says of each image, and of its mirror image if `flip`, computed once.
+
+    An answer is found by the image's position in the data set and whether it is flipped, never by
+    its place in a batch. The network is asked in batches of the given size, the last one filled up,
+    because the last bits of a network's answer may depend on the size of the batch.
+    """
+
+    def __init__(
+        self, model: Callable, data: ImageData, indices: Tensor, flip: bool, batch_size: int
+    ) -> None:
+        count = len(indices)
+        filled = indices[torch.arange(-(-count // batch_size) * batch_size) % count]
+        forms = [
+            [model(batch.images).float() for batch in ordered_batches(data, filled, batch_size, f)]
+            for f in ((False, True) if flip else (False,))
+        ]
+        self.logits = torch.stack([torch.cat(form)[:count] for form in forms])  # (forms, N, K)
+        self.rows = torch.full((len(data.labels),), count, device=self.logits.device)
+        self.rows[indices.to(self.rows.device)] = torch.arange(count, device=self.rows.device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """float32 (B, K). Raises IndexError for an image that the network was not asked about."""
+        return self.logits[batch.flipped.long(), self.rows[batch.indices]]
 
 
 @dataclass
@@ -41,9 +71,10 @@ class Evaluated:
     training: dict  # these three as in Checkpoint
     data: dict
     teacher: dict | None
-    logits: dict[str, Tensor]  # of "validation" and "test", (N, K) float32
+    # Of "validation", unless it was trained on that too (protocol lr), and "test": (N, K) float32
+    logits: dict[str, Tensor]
     labels: dict[str, Tensor]
-    temperature: float  # fitted to the validation split, here and now
+    temperature: float  # fitted to the validation split, here and now where that can be
     warnings: list[str]  # what is to be said of the fit
 
 
@@ -56,13 +87,16 @@ def evaluate_checkpoint(path: Path, data_dir: str | Path, device: torch.device) 
     trained = checkpoint.load(path, device)
     data, splits = data_loader.reload(trained.data, data_dir, device)
     logits, labels = {}, {}
-    for name in ("validation", "test"):
+    held_out = ["validation", "test"] if trained.training["trained_on"] == "train" else ["test"]
+    for name in held_out:
         logits[name], labels[name] = collect_logits(trained.model, data, getattr(splits, name))
         if not logits[name].isfinite().all():
             raise InputError(f"{path} gives logits that are not finite, and cannot be evaluated")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        temperature = fit_temperature(logits["validation"], labels["validation"])
+    temperature, caught = trained.temperature, []
+    if "validation" in logits:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            temperature = fit_temperature(logits["validation"], labels["validation"])
     return Evaluated(
         path=path,
         model_name=trained.model.name,

@@ -204,6 +204,8 @@ def class_view(teacher: Evaluated, label: int) -> Tensor | None:
 
     Training takes the training images; the validation images are at hand. None if there is none.
     """
+    if "validation" not in teacher.logits:  # it was trained on that too
+        return None
     members = teacher.logits["validation"][teacher.labels["validation"] == label]
     if len(members) == 0:
         return None

@@ -41,10 +41,12 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
             )
         path = paths[0]
     else:
-        path = trial.folder(VANILLA) / "best.pt"
-        if not path.with_name("metrics.json").exists():
-            print(f"no vanilla teacher in {path.parent}: it is trained first")
+        folder = trial.folder(VANILLA)
+        if not (folder / "metrics.json").exists():
+            print(f"no vanilla teacher in {folder}: it is trained first")
             train_trial(trial, VANILLA, {}, make_cross_entropy)
+        # With protocol lr the one that has not seen the images on which its pupils are selected.
+        path = folder / ("best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt")
     teacher = checkpoint.load(path, trial.device)
     check_teacher(teacher, trial.data)
     warn_of_leak(teacher, trial.data, trial.splits)
@@ -71,10 +73,12 @@ def check_teacher(teacher: Checkpoint, data: ImageData) -> None:
 
 def warn_of_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:
     """Says so when the teacher was trained on images that validate its student."""
-    if teacher.data["splits"] == splits.hashes():
+    trained_on = teacher.training["trained_on"]
+    if teacher.data["splits"] == splits.hashes() and trained_on == "train":
         return
-    theirs = data_loader.split(data, teacher.data["tr_size"], teacher.data["seed"])
-    seen = int(torch.isin(splits.validation, theirs.train).sum())
+    there = teacher.data
+    theirs = data_loader.split(data, there["tr_size"], there["seed"], there["protocol"])
+    seen = int(torch.isin(splits.validation, theirs.of(trained_on)).sum())
     print(
         f"warning: the teacher {teacher.path} was trained on {seen} of the "
         f"{len(splits.validation)} validation images of this run; validation metrics with it are "

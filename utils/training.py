@@ -1,8 +1,13 @@
 """How a training goes: seeds, combinations of hyper-parameters, epochs, the best one, the end.
 
 `train_method` is what a script calls. It trains each seed (`train_trial`), each combination of
-hyper-parameters of a seed (`fit`, which holds the one epoch loop), keeps the epoch and the
-combination with the lowest validation log loss, and only then looks at the test split.
+hyper-parameters of a seed (`fit`, which holds the one epoch loop), selects one of them on the
+validation split, and only then looks at the test split. Two protocols:
+
+    ils  the official test split; of each training the epoch with the lowest validation log loss is
+         kept; the network selected is the one that is tested
+    lr   test split drawn anew for each seed; the last epoch is kept; the combination selected is
+         trained again on training and validation split together, and that network is tested
 
 No loss is known here. A script gives `make_loss(trial, **hyper_parameters)`, which returns a
 function (logits, batch) -> {"loss": scalar to minimise, other names: scalars to log beside it}.
@@ -10,7 +15,6 @@ function (logits, batch) -> {"loss": scalar to minimise, other names: scalars to
 
 import argparse
 import itertools
-import json
 import math
 import os
 import reprlib
@@ -18,24 +22,22 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import filelock
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import ImageClassifier, build_model, canonical_name
-from utils import arguments, checkpoint, data_loader
-from utils.data_loader import AUGMENTATIONS, Batch, ImageData, Splits
+from utils import arguments, checkpoint, data_loader, distributed, run_folder
+from utils.data_loader import AUGMENTATIONS, PURPOSES, Batch, ImageData, Splits
 from utils.errors import DivergedError, InputError, Stopped, StopRequest
 from utils.evaluate import all_metrics, fit_temperature
-from utils.inference import collect_logits
+from utils.inference import StoredLogits, collect_logits
 
 LossFunction = Callable[[Tensor, Batch], dict[str, Tensor]]
 
@@ -54,21 +56,34 @@ class Trial:
     ece_bins: int
     overwrite: bool = False
     save_every: float = 0.0  # minutes; 0 saves at the end of each epoch only
+    select_by: str = "log_loss"  # which of several combinations of hyper-parameters is kept
     teacher: checkpoint.Checkpoint | None = None
     teacher_use: dict = field(default_factory=dict)  # how the teacher is used, kept on disk
+    # Protocol lr: the network that was selected, whose like is trained on the validation split too
+    selected: checkpoint.Checkpoint | None = None
 
     @cached_property
     def splits(self) -> Splits:
-        return data_loader.split(self.data, self.recipe["tr_size"], self.seed)
+        recipe = self.recipe
+        return data_loader.split(self.data, recipe["tr_size"], self.seed, recipe["protocol"])
+
+    @property
+    def trained_on(self) -> str:
+        return "train+validation" if self.selected else "train"
+
+    @cached_property
+    def training_images(self) -> Tensor:
+        return self.splits.of(self.trained_on)
 
     @cached_property
     def description(self) -> dict:
         """What a checkpoint says of its data."""
-        mean, std = data_loader.pixel_statistics(self.data, self.splits.train)
+        mean, std = data_loader.pixel_statistics(self.data, self.training_images)
         return {
             "dataset": self.data.name,
             "classes": list(self.data.classes),
             "image_size": self.image_size,
+            "protocol": self.recipe["protocol"],
             "tr_size": self.recipe["tr_size"],
             "seed": self.seed,
             "fingerprint": self.data.fingerprint,
@@ -95,10 +110,30 @@ class Trial:
         half = self.recipe["precision"] == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """What the teacher says of the very batch that the network sees."""
+    @cached_property
+    def teacher_logits(self) -> Callable[[Batch], Tensor]:
+        """What the teacher says of the very batch that the network sees: float32 (B, K).
+
+        Where an image comes in one or two forms only, as it is and flipped, the teacher is asked
+        once for each and its answers are stored; otherwise it is asked for every batch.
+        """
+        network = self.compiled(self.teacher.model)
+        augmentation = AUGMENTATIONS[self.recipe["augment"]]
+        forms = 2 if augmentation.flip else 1
+        size = forms * len(self.training_images) * len(self.data.classes) * 4  # float32
         with torch.no_grad(), self.autocast():
-            return self.teacher.model(batch.images)
+            if augmentation.padding == 0 and forms <= self.recipe["epochs"] and size <= 2**30:
+                images, batch_size = self.training_images, self.recipe["batch_size"]
+                return StoredLogits(network, self.data, images, forms == 2, batch_size)
+
+        def ask(batch: Batch) -> Tensor:
+            with torch.no_grad(), self.autocast():
+                return network(batch.images).float()
+
+        return ask
+
+    def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return torch.compile(model) if self.recipe["compile"] else model
 
 
 # -------------------------------------------------------------------- methods, seeds, combinations
@@ -111,14 +146,14 @@ def train_method(
     find_teacher: Callable | None = None,
 ) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
+    args.device = distributed.start(args.device)
     data = data_loader.load(args.dataset, args.data_dir, args.image_size)
     arguments.check_classes(args, data.classes)
     data = data.to(args.device)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
-        trial = new_trial(
-            args, data, canonical_name(args.model), seed, args.tr_size, args.image_size
-        )
+        name, protocol = canonical_name(args.model), args.protocol
+        trial = new_trial(args, data, name, seed, protocol, args.tr_size, args.image_size)
         if find_teacher:
             trial.teacher = find_teacher(trial, args)
         paths.append(train_trial(trial, method, requested_values(args), make_loss))
@@ -135,7 +170,8 @@ def new_trial(
     data: ImageData,
     model_name: str,
     seed: int,
-    tr_size: float,
+    protocol: str,
+    tr_size: float | None,
     image_size: int | None,
 ) -> Trial:
     """A trial as the flags say that training and distillation share; the rest is given."""
@@ -144,12 +180,13 @@ def new_trial(
         image_size=image_size,
         model_name=model_name,
         seed=seed,
-        recipe=arguments.recipe(args, data.name, tr_size),
+        recipe=arguments.recipe(args, data.name, protocol, tr_size),
         device=args.device,
         output_dir=Path(args.output_dir),
         ece_bins=args.ece_bins,
         overwrite=args.overwrite,
         save_every=args.save_every,
+        select_by=args.select_by,
     )
 
 
@@ -159,14 +196,21 @@ def requested_values(args: argparse.Namespace) -> dict[str, list]:
 
 
 def train_trial(
-    trial: Trial, method: str, requested: dict[str, list], make_loss: Callable[..., LossFunction]
+    trial: Trial,
+    method: str,
+    requested: dict[str, list],
+    make_loss: Callable[..., LossFunction],
+    combinations: list[dict] | None = None,
+    candidates: Path | None = None,
 ) -> Path:
     """Trains one seed of a method, or goes on where an earlier process was stopped.
 
-    requested: values of each hyper-parameter; of several combinations the one with the lowest
-    validation log loss is kept. Returns the path of best.pt.
+    requested: values of each hyper-parameter. Of several combinations the one that is best on the
+    validation split by `trial.select_by` is kept. combinations: those to choose from, all of the
+    requested values when not given. candidates: the folder in which each is trained, kept if it is
+    given. Returns the path of best.pt.
     """
-    _choose_algorithms(trial.recipe)
+    _choose_algorithms(trial.recipe, trial.device)
     folder = trial.folder(method)
     train, validation, test = map(len, trial.splits)
     print(
@@ -174,10 +218,46 @@ def train_trial(
         f"training, {validation} validation, {test} test images · {trial.device}",
         flush=True,
     )
-    settings = {
+    _check_network(trial)
+    settings = {**_settings(trial, method, requested), "select_by": trial.select_by}
+    combinations = combinations or all_combinations(requested)
+    with run_folder.held(folder, settings, trial.device, trial.overwrite):
+        best, metrics_file = folder / "best.pt", folder / "metrics.json"
+        if metrics_file.exists():
+            print(f"finished earlier, nothing to do (--overwrite starts anew): {best}")
+        else:
+            one = trial.recipe["protocol"] == "ils" and len(combinations) == 1
+            if one and candidates is None:
+                _train(trial, method, combinations[0], requested, make_loss, folder)
+            else:
+                place = candidates or folder / "candidates"
+                _search(trial, method, combinations, requested, make_loss, folder, place)
+            checkpoint.write_json(metrics_file, _final_metrics(trial, folder))
+        _print_metrics(metrics_file)
+        print(f"checkpoint: {best}", flush=True)
+        if distributed.is_first():
+            shutil.rmtree(folder / "candidates", ignore_errors=True)
+    return best
+
+
+def all_combinations(requested: dict[str, list]) -> list[dict]:
+    return [
+        dict(zip(requested, values, strict=True))
+        for values in itertools.product(*requested.values())
+    ]
+
+
+def combination_name(hyper_parameters: dict) -> str:
+    """The name of the folder of a candidate."""
+    return ",".join(f"{key}={value}" for key, value in hyper_parameters.items()) or "single"
+
+
+def _settings(trial: Trial, method: str, requested: dict) -> dict:
+    """What a run's files depend on: the same settings may go on with them, others may not."""
+    return {
         "dataset": trial.data.name,
         "image_size": trial.image_size,
-        "fingerprint": trial.description["fingerprint"],
+        "fingerprint": trial.data.fingerprint,
         "model": trial.model_name,
         "method": method,
         "hyper_parameters": requested,
@@ -185,149 +265,61 @@ def train_trial(
         "recipe": trial.recipe,
         "teacher": trial.teacher_description,
     }
-    _check_network(trial)
-    with _run_folder(folder, settings, trial):
-        best, metrics_file = folder / "best.pt", folder / "metrics.json"
-        if metrics_file.exists():
-            print(f"finished earlier, nothing to do (--overwrite starts anew): {best}")
-            _print_metrics(metrics_file)
-        else:
-            _train_combinations(trial, method, requested, make_loss, folder)
-            checkpoint.write_json(metrics_file, _final_metrics(trial, best))
-            _print_metrics(metrics_file)
-            print(f"checkpoint: {best}", flush=True)
-        shutil.rmtree(folder / "candidates", ignore_errors=True)
-    return best
 
 
-def _train_combinations(trial, method, requested, make_loss, folder: Path) -> None:
-    combinations = [
-        dict(zip(requested, values, strict=True))
-        for values in itertools.product(*requested.values())
-    ]
-    if len(combinations) == 1:
-        fit(trial, method, combinations[0], requested, make_loss, folder)
-    else:
-        _train_candidates(trial, method, combinations, requested, make_loss, folder)
+def train_candidate(
+    trial: Trial, method: str, hyper_parameters: dict, make_loss: Callable, candidates: Path
+) -> Iterator["Progress"]:
+    """Trains one combination in a folder of its own below `candidates`. Yields as `fit` does."""
+    folder = candidates / combination_name(hyper_parameters)
+    values = {name: [value] for name, value in hyper_parameters.items()}
+    with run_folder.held(folder, _settings(trial, method, values), trial.device):
+        yield from fit(trial, method, hyper_parameters, values, make_loss, folder)
 
 
-def _train_candidates(trial, method, combinations, requested, make_loss, folder: Path) -> None:
-    """Trains every combination in a folder of its own and brings the best one's files here."""
+def _search(trial, method, combinations, requested, make_loss, folder: Path, place: Path) -> None:
+    """Trains every combination, selects one, and brings it here or trains it again."""
     rows = []
     for hyper_parameters in combinations:
-        name = ",".join(f"{key}={value}" for key, value in hyper_parameters.items())
+        name = combination_name(hyper_parameters)
         print(f"candidate {len(rows) + 1} of {len(combinations)}: {name}", flush=True)
-        candidate = folder / "candidates" / name
-        progress = fit(trial, method, hyper_parameters, requested, make_loss, candidate)
-        rows.append(
-            {
-                **hyper_parameters,
-                "best_epoch": progress.best_epoch,
-                "validation_log_loss": progress.best_loss,
-            }
-        )
+        *_, progress = train_candidate(trial, method, hyper_parameters, make_loss, place)
+        kept = progress.history[progress.best_epoch - 1]
+        measures = {key: value for key, value in kept.items() if key.startswith("validation_")}
+        rows.append({**hyper_parameters, "epoch": progress.best_epoch, **measures})
     table = pd.DataFrame(rows)
-    chosen = int(table["validation_log_loss"].idxmin())
+    chosen = select(table, trial.select_by)
     table["selected"] = table.index == chosen
-    selected = ", ".join(f"{key} {value}" for key, value in combinations[chosen].items())
-    print(f"selected by validation log loss {table.validation_log_loss[chosen]:.4f}: {selected}")
     checkpoint.write_text(folder / "search.csv", table.to_csv(index=False))
-    name = ",".join(f"{key}={value}" for key, value in combinations[chosen].items())
-    for file in ("history.csv", "last.pt", "best.pt"):
-        checkpoint.copy_file(folder / "candidates" / name / file, folder / file)
+    name = combination_name(combinations[chosen])
+    value = table.loc[chosen, f"validation_{trial.select_by}"]
+    print(f"selected by validation {trial.select_by.replace('_', ' ')} {value:.4f}: {name}")
+    if trial.recipe["protocol"] == "ils":
+        for file in ("history.csv", "last.pt", "best.pt"):
+            checkpoint.copy_file(place / name / file, folder / file)
+        return
+    for file in ("history.csv", "best.pt"):
+        checkpoint.copy_file(place / name / file, folder / "selection" / file)
+    print("trained again on the training and the validation split together", flush=True)
+    selected = checkpoint.load(folder / "selection" / "best.pt", trial.device)
+    whole = replace(trial, selected=selected)
+    _train(whole, method, combinations[chosen], requested, make_loss, folder)
 
 
-# --------------------------------------------------------------------------------- the run's folder
+def select(table: pd.DataFrame, by: str) -> int:
+    """The row with the best validation metric: highest accuracy, lowest log_loss or ece.
 
-
-RUN_FILES = ("config.json", "metrics.json", "best.pt", "last.pt", "history.csv", "search.csv")
-
-
-@contextmanager
-def _run_folder(folder: Path, settings: dict, trial: Trial):
-    """Holds the folder for this process, with the settings written down in its config.json."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(f"another process is training in {folder}; wait for its end") from None
-    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
-        raise InputError(f"cannot use the output folder {folder}: {error}") from None
-    with lock:
-        for place in (folder, *folder.glob("candidates/*")):
-            checkpoint.remove_temporaries(place)
-        if trial.overwrite:
-            _remove_run(folder)
-        elif any((folder / name).exists() for name in RUN_FILES):
-            _check_settings(folder / "config.json", settings)
-        # What a finished run says of its making stays as it is.
-        if not (folder / "metrics.json").exists():
-            made_by = checkpoint.environment(trial.device)
-            checkpoint.write_json(
-                folder / "config.json", {"settings": settings, "environment": made_by}
-            )
-        yield
-
-
-def _remove_run(folder: Path) -> None:
-    """Removes an earlier run, in an order that leaves something usable wherever it is killed.
-
-    Until all last.pt are gone the old run is finished or can go on; from then on the same settings
-    start anew. config.json is not removed but replaced, after everything that belongs to it.
+    Among equals, as accuracies often are, that with the lowest log loss.
     """
-    try:
-        for path in (folder / "last.pt", *folder.glob("candidates/*/last.pt")):
-            path.unlink(missing_ok=True)
-        for name in ("metrics.json", "best.pt", "history.csv", "search.csv"):
-            (folder / name).unlink(missing_ok=True)
-        if (folder / "candidates").exists():
-            shutil.rmtree(folder / "candidates")
-    except OSError as error:
-        raise InputError(f"cannot remove the earlier run in {folder}: {error}") from None
-
-
-def _read_json(path: Path, limit: int = 2**24) -> dict:
-    """What write_json wrote. Raises InputError for anything else."""
-    try:
-        if path.stat().st_size > limit:
-            raise ValueError("it is too large")
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise TypeError("it holds no dictionary")
-        return content
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path} is damaged ({type(error).__name__}: {error}); give another --output_dir, or "
-        "--overwrite to start anew"
+    order = table.sort_values(
+        [f"validation_{by}", "validation_log_loss"], ascending=[by != "accuracy", True]
     )
+    return int(order.index[0])
 
 
-def _check_settings(config: Path, settings: dict) -> None:
-    here = _flat(settings)
-    try:
-        there = _flat(_read_json(config).get("settings"))
-    except RecursionError as error:
-        raise _damaged(config, error) from None
-    for name in here | there:
-        if here.get(name) != there.get(name):
-            raise InputError(
-                f"{config.parent} holds another configuration: {name} is "
-                f"{reprlib.repr(there.get(name))} there and {reprlib.repr(here.get(name))} here; "
-                "give another --output_dir, or --overwrite to start anew"
-            )
-
-
-def _flat(settings, prefix: str = "") -> dict:
-    """{"recipe": {"lr": 0.1}} as {"recipe.lr": 0.1}, values as JSON has them."""
-    if not isinstance(settings, dict):
-        return {prefix: json.loads(json.dumps(settings))}
-    inside = [_flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in settings.items()]
-    return {key: value for part in inside for key, value in part.items()}
+def _train(*arguments) -> None:
+    for _ in fit(*arguments):
+        pass
 
 
 # ------------------------------------------------------------------------------------ one training
@@ -386,18 +378,21 @@ def fit(
     requested: dict,
     make_loss: Callable[..., LossFunction],
     folder: Path,
-) -> Progress:
+) -> Iterator[Progress]:
     """Trains one network to the end, from where last.pt in the folder left it if there is one.
 
+    Yields its progress as it is found, and after each epoch, when the epoch's files are on disk.
     Leaves best.pt, last.pt and history.csv in the folder.
     """
-    recipe, data, splits = trial.recipe, trial.data, trial.splits
+    recipe = trial.recipe
+    keeps_last = recipe["protocol"] == "lr"
     description = {
         "method": method,
         "hyper_parameters": hyper_parameters,
         "requested": requested,
         "seed": trial.seed,
         "recipe": recipe,
+        "trained_on": trial.trained_on,
         # Epoch and combination, and the temperature: evaluation refuses any other split here.
         "selected_on": "validation",
         "temperature_fitted_on": "validation",
@@ -412,19 +407,24 @@ def fit(
         progress = _restore(folder / "last.pt", trial, model, optimizer, schedule)
         print(f"continued after epoch {progress.epoch}, step {progress.step}", flush=True)
 
+    network = distributed.over_processes(model)  # the same parameters, called another way
+    network = trial.compiled(network)
+
     def save() -> None:
         _save(folder / "last.pt", trial.device, model, optimizer, progress)
 
     with StopRequest() as stop:
+        yield progress
         while not progress.finished(recipe) and not stop.number:
             started = saved = time.monotonic()
+            _seed_dropout(trial, progress)
             model.train()
             for batch in _with_bar(trial, progress):
                 with trial.autocast():
-                    logits = model(batch.images)
+                    logits = network(batch.images)
                 terms = loss_function(logits, batch)
                 optimizer.zero_grad(set_to_none=True)
-                terms["loss"].backward()
+                (terms["loss"] * _weight(batch)).backward()
                 optimizer.step()
                 progress.terms.append(
                     (len(batch.labels), {k: v.detach() for k, v in terms.items()})
@@ -437,53 +437,83 @@ def fit(
                     if stop.number:
                         raise Stopped(stop.number, saved=True)
             row = {"epoch": progress.epoch + 1, "learning_rate": schedule.get_last_lr()[0]}
-            row |= _means(progress.terms, row)
-            logits, labels = collect_logits(model, data, splits.validation)
-            if not logits.isfinite().all():
-                raise _diverged("a validation logit", row)
-            metrics = all_metrics(logits, labels, trial.ece_bins)
-            row |= {f"validation_{name}": metrics[name] for name in ("log_loss", "accuracy", "ece")}
+            row |= _means(progress.terms, row, trial.device)
+            validated = None if trial.selected else _validate(trial, model, row)
             schedule.step()
             progress.history.append(row)
             progress.epoch, progress.step, progress.terms = row["epoch"], 0, []
             progress.waited += 1
-            if metrics["log_loss"] < progress.best_loss:
-                progress.best_epoch, progress.best_loss = row["epoch"], metrics["log_loss"]
+            log_loss = row.get("validation_log_loss", math.inf)
+            if keeps_last or log_loss < progress.best_loss:
+                progress.best_epoch, progress.best_loss = row["epoch"], log_loss
                 progress.waited = 0
-                training = {**description, "epoch": row["epoch"]}
-                _save_best(folder / "best.pt", trial, model, training, logits, labels, metrics)
+                if not keeps_last or progress.finished(recipe):
+                    training = {**description, "epoch": row["epoch"]}
+                    _save_best(folder / "best.pt", trial, model, training, validated)
             history = pd.DataFrame(progress.history).to_csv(index=False)
             checkpoint.write_text(folder / "history.csv", history)
             save()  # last: what it says is done is on disk, and what it does not is done again
             _print_epoch(row, recipe, progress, time.monotonic() - started)
-    return progress
+            yield progress
+
+
+def _seed_dropout(trial: Trial, progress: Progress) -> None:
+    """An epoch's dropout is a function of (seed, epoch, process), as its order of the images is."""
+    if progress.step == 0:  # within an epoch last.pt has the state
+        rank = distributed.shard().rank
+        stream = data_loader.stream_seed(trial.seed, PURPOSES["dropout"], progress.epoch, rank)
+        torch.manual_seed(stream)
+
+
+def _weight(batch: Batch) -> float:
+    """1, or what makes the average over processes that over images where shares are unequal."""
+    return len(batch.labels) * distributed.shard().count / batch.count
+
+
+def _validate(trial: Trial, model: nn.Module, row: dict) -> tuple[Tensor, Tensor, dict]:
+    """Logits, labels and metrics of the validation split; the row gets the metrics."""
+    with trial.autocast():
+        logits, labels = collect_logits(model, trial.data, trial.splits.validation)
+    if not logits.isfinite().all():
+        raise _diverged("a validation logit", row)
+    metrics = all_metrics(logits, labels, trial.ece_bins)
+    row |= {f"validation_{name}": metrics[name] for name in ("log_loss", "accuracy", "ece")}
+    return logits, labels, metrics
 
 
 def _with_bar(trial: Trial, progress: Progress):
     """The epoch's batches, with a progress bar where somebody watches."""
-    recipe, count = trial.recipe, len(trial.splits.train)
+    recipe, shard = trial.recipe, distributed.shard()
     batches = data_loader.shuffled_batches(
         trial.data,
-        trial.splits.train,
+        trial.training_images,
         recipe["batch_size"],
         AUGMENTATIONS[recipe["augment"]],
         trial.seed,
         progress.epoch,
         first=progress.step,
+        shard=shard,
     )
-    total = data_loader.steps_per_epoch(count, recipe["batch_size"])
+    total = _steps(trial)
     return tqdm(
         batches,
         f"epoch {progress.epoch + 1}",
         total,
         initial=progress.step,
         leave=False,
-        disable=None,
+        disable=True if shard.rank else None,  # None: where nobody watches
         unit="batch",
     )
 
 
-def _means(terms: list[tuple[int, dict[str, Tensor]]], row: dict) -> dict[str, float]:
+def _steps(trial: Trial) -> int:
+    images, processes = len(trial.training_images), distributed.shard().count
+    return data_loader.steps_per_epoch(images, trial.recipe["batch_size"], processes)
+
+
+def _means(
+    terms: list[tuple[int, dict[str, Tensor]]], row: dict, device: torch.device
+) -> dict[str, float]:
     """Averages over the epoch's images. One read from the device an epoch, not one a step."""
     counts = torch.tensor([count for count, _ in terms], dtype=torch.float64)
     means = {}
@@ -492,9 +522,12 @@ def _means(terms: list[tuple[int, dict[str, Tensor]]], row: dict) -> dict[str, f
     for name in terms[0][1]:
         values = torch.stack([values[name] for _, values in terms]).double().cpu()
         broken = (~values.isfinite()).nonzero()
-        if len(broken):
-            raise _diverged("the training loss", row, f", step {int(broken[0]) + 1}")
-        means[f"train_{name}"] = float(values @ counts / counts.sum())
+        step = f", step {int(broken[0]) + 1}" if len(broken) else ""
+        sums = torch.stack([values @ counts, counts.sum()])
+        sum_of_values, count = distributed.total(sums, device)
+        if not sum_of_values.isfinite():
+            raise _diverged("the training loss", row, step)
+        means[f"train_{name}"] = float(sum_of_values / count)
     return means
 
 
@@ -506,16 +539,31 @@ def _diverged(what: str, row: dict, step: str = "") -> DivergedError:
     )
 
 
-def _choose_algorithms(recipe: dict) -> None:
+def _choose_algorithms(recipe: dict, device: torch.device) -> None:
     """With --deterministic the same bits on CUDA too. Not the default, as it costs time."""
     if recipe["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not recipe["deterministic"]  # images are of one size
+    if recipe["compile"]:
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+        except Exception as error:  # what is missing, a C++ compiler or Triton, shows here alone
+            raise InputError(
+                f"--compile does not work on {device} here ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); leave it out, or install a C++ compiler "
+                "(CPU) or Triton (CUDA)"
+            ) from None
 
 
 def _check_network(trial: Trial) -> None:
     """What would fail in the first step fails here, before anything is written."""
+    processes = distributed.shard().count
+    if _steps(trial) == 0 or trial.recipe["batch_size"] < processes:
+        raise InputError(
+            f"--batch_size {trial.recipe['batch_size']} and {len(trial.splits.train)} training "
+            f"images, but {processes} processes: at least one image for each expected"
+        )
     smallest = min(trial.recipe["batch_size"], len(trial.splits.train))
     if smallest == 1 and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -539,7 +587,8 @@ def _new_model(trial: Trial) -> ImageClassifier:
 
 
 def _new_optimizer(model: nn.Module, recipe: dict) -> torch.optim.Optimizer:
-    settings = {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}
+    # fused: one kernel for all of the update, on the CPU too, where it is most of a small step
+    settings = {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"], "fused": True}
     if recipe["optimizer"] == "adam":
         return torch.optim.Adam(model.parameters(), **settings)
     return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **settings)
@@ -559,10 +608,12 @@ def _new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
 # ------------------------------------------------------------------------------- stopping, resuming
 
 
-def _save_best(path: Path, trial: Trial, model, training: dict, logits, labels, metrics) -> None:
-    with warnings.catch_warnings():  # said once, at the end, not in every epoch
-        warnings.simplefilter("ignore")
-        temperature = fit_temperature(logits, labels)
+def _save_best(path: Path, trial: Trial, model, training: dict, validated) -> None:
+    if validated is None:  # none left to validate on: what is known is of the network selected
+        temperature, metrics = trial.selected.temperature, trial.selected.metrics["validation"]
+    else:
+        logits, labels, metrics = validated
+        temperature = _temperature(logits, labels)
     content = checkpoint.contents(
         model,
         training,
@@ -572,6 +623,12 @@ def _save_best(path: Path, trial: Trial, model, training: dict, logits, labels, 
         {"validation": metrics},
     )
     checkpoint.write_tensors(path, content)
+
+
+def _temperature(logits: Tensor, labels: Tensor) -> float:
+    with warnings.catch_warnings():  # said once, by evaluation, not in every epoch
+        warnings.simplefilter("ignore")
+        return fit_temperature(logits, labels)
 
 
 def _save(path: Path, device: torch.device, model, optimizer, progress: Progress) -> None:
@@ -599,9 +656,9 @@ def _restore(path: Path, trial: Trial, model, optimizer, schedule) -> Progress:
     state = checkpoint.read_tensors(path)
     try:
         progress = Progress(**state["progress"])
-        steps = data_loader.steps_per_epoch(len(trial.splits.train), trial.recipe["batch_size"])
-        progress.check(trial.recipe["epochs"], steps)
-        if progress.best_epoch and not path.with_name("best.pt").exists():
+        progress.check(trial.recipe["epochs"], _steps(trial))
+        kept = trial.recipe["protocol"] == "ils" or progress.finished(trial.recipe)
+        if progress.best_epoch and kept and not path.with_name("best.pt").exists():
             raise ValueError("no best.pt beside it")
         # A first step, here of no length, is what gives an optimizer its memory.
         for parameter in model.parameters():
@@ -619,7 +676,7 @@ def _restore(path: Path, trial: Trial, model, optimizer, schedule) -> Progress:
         if trial.device.type == "cuda" and "cuda" in state["random"]:  # the device may change
             torch.cuda.set_rng_state(state["random"]["cuda"], trial.device)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+        raise run_folder.damaged(path, error) from None
     return progress
 
 
@@ -641,41 +698,63 @@ def _fill(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 def _print_epoch(row: dict, recipe: dict, progress: Progress, seconds: float) -> None:
-    mark = "  best so far" if progress.waited == 0 else ""
-    terms = "  ".join(
-        f"{name.removeprefix('train_')} {value:.4f}"
-        for name, value in row.items()
-        if name.startswith("train_")
-    )
-    tqdm.write(
-        f"epoch {row['epoch']:3}/{recipe['epochs']}  lr {row['learning_rate']:.3g}  "
-        f"train {terms}  validation log loss {row['validation_log_loss']:.4f}  "
-        f"accuracy {100 * row['validation_accuracy']:.2f} %  {seconds:.1f} s{mark}"
-    )
+    said = [
+        f"epoch {row['epoch']:3}/{recipe['epochs']}  lr {row['learning_rate']:.3g}  train",
+        *(
+            f"{name.removeprefix('train_')} {value:.4f}"
+            for name, value in row.items()
+            if name.startswith("train_")
+        ),
+    ]
+    if "validation_log_loss" in row:
+        said += [
+            f"validation log loss {row['validation_log_loss']:.4f}",
+            f"accuracy {100 * row['validation_accuracy']:.2f} %",
+        ]
+    said.append(f"{seconds:.1f} s")
+    if progress.waited == 0 and recipe["protocol"] == "ils":
+        said.append("best so far")
+    tqdm.write("  ".join(said))
 
 
-def _final_metrics(trial: Trial, best: Path) -> dict:
-    """Validation and test metrics of the best epoch, without and with temperature scaling."""
-    trained = checkpoint.load(best, trial.device)
+def _final_metrics(trial: Trial, folder: Path) -> dict:
+    """Validation and test metrics of the network kept, without and with temperature scaling.
+
+    In float32, whatever it was trained in; best.pt gets the temperature that belongs to that. With
+    protocol lr the validation metrics, and the temperature, are of the network selected, which has
+    not seen that split.
+    """
+    kept = folder / "best.pt"
+    selection = kept if trial.recipe["protocol"] == "ils" else folder / "selection" / "best.pt"
+    validator = checkpoint.load(selection, trial.device)
+    logits, labels = collect_logits(validator.model, trial.data, trial.splits.validation)
+    temperature = _temperature(logits, labels)
+    validation = all_metrics(logits, labels, trial.ece_bins)
+    for path in sorted({selection, kept}):
+        checkpoint.update(path, temperature=temperature, metrics={"validation": validation})
+    network = checkpoint.load(kept, trial.device)
     result: dict = {
-        "epoch": trained.training["epoch"],
+        "epoch": network.training["epoch"],
         "ece_bins": trial.ece_bins,
-        "temperature": trained.temperature,
+        "temperature": temperature,
+        "validation": {
+            "unscaled": validation,
+            "scaled": all_metrics(logits.double() / temperature, labels, trial.ece_bins),
+        },
     }
-    for name in ("validation", "test"):
-        logits, labels = collect_logits(trained.model, trial.data, getattr(trial.splits, name))
-        result[name] = {
-            "unscaled": all_metrics(logits, labels, trial.ece_bins),
-            "scaled": all_metrics(logits.double() / trained.temperature, labels, trial.ece_bins),
-        }
+    logits, labels = collect_logits(network.model, trial.data, trial.splits.test)
+    result["test"] = {
+        "unscaled": all_metrics(logits, labels, trial.ece_bins),
+        "scaled": all_metrics(logits.double() / temperature, labels, trial.ece_bins),
+    }
     return result
 
 
 def _print_metrics(path: Path) -> None:
-    metrics = _read_json(path)
+    metrics = run_folder.read_json(path)
     try:
         lines = [
-            f"best epoch {metrics['epoch']:d}, temperature {metrics['temperature']:.3f} fitted to "
+            f"epoch {metrics['epoch']:d}, temperature {metrics['temperature']:.3f} fitted to "
             "the validation split",
             f"{'':24}accuracy   log loss   ECE ({metrics['ece_bins']:d} bins)",
         ]
@@ -687,5 +766,5 @@ def _print_metrics(path: Path) -> None:
                     f"{row['log_loss']:11.4f}{row['ece']:11.4f}"
                 )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _damaged(path, error) from None
+        raise run_folder.damaged(path, error) from None
     print("\n".join(lines), flush=True)
