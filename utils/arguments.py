@@ -242,8 +242,8 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         type=non_negative_float,
         default=10,
         metavar="MINUTES",
-        help="save the training state within long epochs; 0 saves at the end of each epoch only "
-        "(default: %(default)s)",
+        help="save the training state within long epochs; 0 saves at the end of each epoch only, "
+        "as several processes do (default: %(default)s)",
     )
     add_evaluation_flags(parser)
     parser.set_defaults(hyper_parameters=(), defaults=defaults)

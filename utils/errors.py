@@ -1,10 +1,13 @@
 """What is said when a script cannot go on: one line on stderr, and a telling exit status."""
 
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from torch import distributed
 
 
 class InputError(ValueError):
@@ -103,5 +106,14 @@ def run(main: Callable[[], int | None]) -> None:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         message = f"stopped by {signal.Signals(stopped.number).name}; {state}to continue: {again}"
         status = 128 + stopped.number
+    except RuntimeError as error:
+        if not distributed.is_initialized() or not re.search("gloo|nccl", str(error), re.I):
+            raise
+        again = shlex.join(sys.argv)
+        message = (
+            f"another process of this training has ended ({str(error).splitlines()[0]}); the same "
+            f"command goes on from the last epoch that was saved: torchrun ... {again}"
+        )
+        status = 1
     print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

@@ -409,6 +409,7 @@ def fit(
 
     network = distributed.over_processes(model)  # the same parameters, called another way
     network = trial.compiled(network)
+    alone = distributed.shard().count == 1
 
     def save() -> None:
         _save(folder / "last.pt", trial.device, model, optimizer, progress)
@@ -431,11 +432,11 @@ def fit(
                 )
                 progress.step += 1
                 due = trial.save_every and time.monotonic() - saved > 60 * trial.save_every
-                if stop.number or due:
+                if (stop.number or due) and alone:  # others would be at another step
                     save()
                     saved = time.monotonic()
-                    if stop.number:
-                        raise Stopped(stop.number, saved=True)
+                if stop.number:
+                    raise Stopped(stop.number, saved=alone)
             row = {"epoch": progress.epoch + 1, "learning_rate": schedule.get_last_lr()[0]}
             row |= _means(progress.terms, row, trial.device)
             validated = None if trial.selected else _validate(trial, model, row)

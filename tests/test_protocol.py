@@ -1,0 +1,113 @@
+"""The protocol of the LR paper: images split anew, the last epoch kept, trained again on all."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import run
+
+from utils import checkpoint, data_loader, training
+
+FLAGS = ("--model", "simple_dense", "--epochs", 3, "--batch_size", 64, "--protocol", "lr")
+FLAGS += ("--precision", "float32", "--lr", 0.05)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("protocol")
+    flags = ("--smoothing", 0.05, 0.6, "--select_by", "ece", "--output_dir", folder / "runs")
+    said = run("Instance-based-smoothing.py", *FLAGS, *flags).out
+    return folder, said
+
+
+def test_the_network_selected_is_trained_again_on_the_validation_split_too(runs):
+    folder, said = runs
+    place = folder / "runs/digits/simple_dense/instance-based-ils2/seed0"
+    assert {path.name for path in place.iterdir()} - {".lock"} == {
+        "config.json", "history.csv", "best.pt", "last.pt", "metrics.json", "search.csv",
+        "selection",
+    }  # fmt: skip
+    selected = checkpoint.load(place / "selection/best.pt")
+    kept = checkpoint.load(place / "best.pt")
+    assert selected.training["trained_on"] == "train"
+    assert kept.training["trained_on"] == "train+validation"
+    assert kept.training["epoch"] == selected.training["epoch"] == 3, "the last epoch is kept"
+    assert kept.training["hyper_parameters"] == selected.training["hyper_parameters"]
+    assert kept.temperature == selected.temperature
+    history = pd.read_csv(place / "history.csv")
+    assert list(history.columns) == ["epoch", "learning_rate", "train_loss"]
+
+    search = pd.read_csv(place / "search.csv")
+    assert list(search["selected"]) == list(
+        search["validation_ece"] == search["validation_ece"].min()
+    )
+    chosen = search.loc[search["selected"], "smoothing"].item()
+    assert kept.training["hyper_parameters"]["smoothing"] == chosen
+    assert "selected by validation ece" in said
+
+
+def test_the_teacher_has_not_seen_what_its_pupils_are_selected_on(runs):
+    folder, said = runs
+    teacher = folder / "runs/digits/simple_dense/vanilla/seed0/selection/best.pt"
+    assert f"teacher: {teacher}" in said
+    assert checkpoint.load(teacher).training["trained_on"] == "train"
+    assert "warning" not in said
+
+
+def test_the_evaluation_takes_the_temperature_of_the_network_selected(runs):
+    folder, _ = runs
+    run("Models-evaluation.py", folder / "runs", "--output_dir", folder / "tables")
+    results = pd.read_csv(folder / "tables/results.csv")
+    assert set(results["split"]) == {"test"}, "nothing else is held out"
+    for method in ("vanilla", "instance-based-ils2"):
+        place = folder / f"runs/digits/simple_dense/{method}/seed0"
+        metrics = json.loads((place / "metrics.json").read_text())
+        for scaling, name in (("no", "unscaled"), ("yes", "scaled")):
+            (row,) = results[
+                (results["method"] == method) & (results["scaling"] == scaling)
+            ].to_dict("records")
+            for metric in ("accuracy", "log_loss", "ece"):
+                assert row[metric] == pytest.approx(metrics["test"][name][metric], rel=1e-4)
+        assert len(set(results["test_images"])) == 1
+
+
+def test_a_student_is_told_that_its_teacher_saw_the_validation_images(runs):
+    folder, _ = runs
+    done = run(
+        "Network-distillation.py", "--teacher", folder / "runs/digits/simple_dense/vanilla",
+        "--student", "simple_dense", "--scale_teacher", "no", "--epochs", 1,
+        "--output_dir", folder / "students",
+    )  # fmt: skip
+    assert "was trained on 239 of the 239 validation images" in done.err
+    (student,) = checkpoint.find([str(folder / "students")])
+    assert checkpoint.load(student).data["protocol"] == "lr"
+
+
+def test_what_keeps_the_last_epoch_has_no_early_stop(refused, tmp_path):
+    said = refused(
+        "Label-smoothing.py", *FLAGS, "--estop", 3, "--output_dir", tmp_path, written=tmp_path
+    )
+    assert "--estop 3 given, but --protocol lr keeps the last of all epochs; 0 expected" in said
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"), [("accuracy", 2), ("log_loss", 1), ("ece", 3)]
+)  # fmt: skip
+def test_selection_takes_the_best_and_among_equals_the_lowest_log_loss(by, expected):
+    table = pd.DataFrame(
+        {
+            "validation_accuracy": [0.9, 0.8, 0.9, 0.7],
+            "validation_log_loss": [0.5, 0.3, 0.4, 0.6],
+            "validation_ece": [0.02, 0.03, 0.02, 0.01],
+        }
+    )
+    assert training.select(table, by) == expected
+
+
+def test_all_images_are_used_and_the_test_split_is_another_for_each_seed():
+    digits = data_loader.load("digits")
+    splits = [data_loader.split(digits, 5 / 6, seed, "lr") for seed in range(3)]
+    assert [len(part) for part in splits[0]] == [1198, 239, 360]
+    tested = torch.cat([split.test for split in splits]).unique()
+    assert len(tested) > 2.4 * 360
