@@ -13,9 +13,16 @@ CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vani
 
 import shlex
 
-from models import canonical_name, model_names
+from models import MODELS
 from utils import arguments, checkpoint, data_loader, distributed
-from utils.arguments import add_hyper_parameter, number, one_of, positive_float, training_parser
+from utils.arguments import (
+    add_hyper_parameter,
+    network,
+    number,
+    one_of,
+    positive_float,
+    training_parser,
+)
 from utils.errors import run
 from utils.losses import distillation_terms
 from utils.teacher import warn_of_leak
@@ -46,7 +53,7 @@ def student_trial(args, teacher, scaled: bool) -> Trial:
     trial = new_trial(
         args,
         data,
-        canonical_name(args.student),
+        args.student,
         seed,
         teacher.data["protocol"],
         teacher.data["tr_size"],
@@ -69,10 +76,11 @@ def main() -> None:
     )
     add(
         "--student",
-        type=one_of(model_names()),
+        type=network,
         default="shallownet",
         metavar="NAME",
-        help=f"{', '.join(model_names())} (default: %(default)s)",
+        help=f"{', '.join(MODELS)}, or timm/NAME: any network of timm, if it is installed "
+        "(default: %(default)s)",
     )
     add(
         "--scale_teacher",
@@ -97,6 +105,7 @@ def main() -> None:
         "T > 0 that softens both networks' probabilities; 1 is off",
     )
     args = parser.parse_args()
+    args = arguments.settle(args, args.student)
     args.device = distributed.start(args.device)
 
     for path in checkpoint.find(args.teacher):

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from models import from_timm
 from models.classifier import ImageClassifier
 from models.densenet import densenet, densenet100bc
+from models.from_timm import normalisation as pretrained_normalisation
 from models.inceptionv4 import inceptionv4
 from models.lenet import lenet
 from models.resnet import resnet18, resnet34, resnet50, resnet56, resnet101, resnet152
@@ -23,6 +25,7 @@ __all__ = [
     "build_model",
     "canonical_name",
     "model_names",
+    "pretrained_normalisation",
 ]
 
 
@@ -58,16 +61,20 @@ ALIASES = {"densetnet": "densenet"}
 
 
 def model_names() -> list[str]:
-    """Every name that `build_model` takes, aliases last; for argparse's `choices`."""
+    """Every name that `build_model` takes, aliases last; timm's, which are many, not among them."""
     return [*MODELS, *ALIASES]
 
 
 def canonical_name(name: str) -> str:
-    """The name under which `MODELS` has `name`, which may be an alias.
+    """The name under which `MODELS` has `name`, which may be an alias; timm-NAME for timm/NAME.
 
     Raises:
-        ValueError: no such model; the message lists all names, those nearest to `name` first.
+        ValueError: no such model; the message lists all names, those nearest to `name` first, or
+            of timm's names the nearest.
+        ModuleNotFoundError: the name is one of timm's, and timm is not installed.
     """
+    if from_timm.is_timm(name):
+        return from_timm.canonical_name(name)
     if name not in model_names():
         nearest = get_close_matches(name, model_names())
         others = [other for other in model_names() if other not in nearest]
@@ -81,18 +88,26 @@ def build_model(
     num_classes: int = 10,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    *,
+    pretrained: bool = False,
+    network_size: tuple[int, int] | None = None,
 ) -> ImageClassifier:
     """A freshly initialised network that takes the data set's images and gives logits.
 
     Args:
-        name: one of `model_names()`.
+        name: one of `model_names()`, or timm/NAME.
         input_shape: (channels, height, width) of the images. A side shorter than the network's
-            `smallest_image` is enlarged to it, bilinearly; the other side stays as it is.
+            `smallest_image` is enlarged to it, bilinearly; the other side stays as it is. What
+            timm's networks get is told at `from_timm.image_size`.
         num_classes: K, at least 2.
         mean, std: one value a channel, of pixel values scaled to [0, 1]; 0 and 1 when not given.
+        pretrained: load timm's weights; `pretrained_normalisation` has the mean and std for them.
+        network_size: (height, width) at which the images enter the network, as a checkpoint says;
+            found out when not given.
 
     Raises:
-        ValueError: the name is unknown, or a number is out of its range.
+        ValueError: the name is unknown, a number is out of its range, or there are no weights.
+        ModuleNotFoundError: the name is one of timm's, and timm is not installed.
     """
     name = canonical_name(name)
     if len(input_shape) != 3 or min(input_shape) < 1:
@@ -101,8 +116,18 @@ def build_model(
         )
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; accepted: 2 or more")
-    constructor, smallest = MODELS[name]
     channels, height, width = input_shape
-    network_size = (max(height, smallest), max(width, smallest))
-    network = constructor((channels, *network_size), num_classes)
-    return ImageClassifier(network, name, input_shape, num_classes, mean, std, network_size)
+    if from_timm.is_timm(name):
+        size = network_size or from_timm.image_size(name, input_shape, pretrained)
+        if not from_timm.takes(name, channels, size):
+            raise ValueError(f"{name} takes no images of {channels} channels and {size} pixels")
+        network = from_timm.make(name, channels, size, num_classes, pretrained)
+    else:
+        constructor, smallest = MODELS[name]
+        size = (max(height, smallest), max(width, smallest))
+        if network_size not in (None, size):
+            raise ValueError(f"network_size is {network_size}; accepted: {size}")
+        if pretrained:
+            raise ValueError(f"pretrained weights are timm's; accepted: timm/NAME, not {name}")
+        network = constructor((channels, *size), num_classes)
+    return ImageClassifier(network, name, input_shape, num_classes, mean, std, size)

@@ -15,7 +15,7 @@ class ImageClassifier(nn.Module):
     trained with another normalisation can be shown the very same batch as its student.
 
     Attributes:
-        name: the network's name in `models.MODELS`.
+        name: the network's name in `models.MODELS`, or timm-NAME.
         input_shape: (channels, height, width) of the images that `forward` takes.
         num_classes: K.
         mean, std: buffers of shape (channels, 1, 1), of pixel values scaled to [0, 1].

@@ -42,28 +42,32 @@ def run(script: str, *arguments, status: int = 0) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Runs a script that must refuse its input with one line, status 2 and nothing written.
-
-    In this process, because importing torch takes longer than refusing does.
-    """
-
-    def call(script: str, *arguments, written: Path | None = None) -> str:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        hook = sys.unraisablehook
-        before = files(written) if written else None
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        capsys.readouterr()
-        try:
+def run_here(script: str, *arguments) -> int | None:
+    """Runs a script in this process, as importing torch takes long. Returns its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
             with pytest.raises(SystemExit) as ended:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            sys.unraisablehook = hook
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+    return ended.value.code
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a script that must refuse its input with one line, status 2 and nothing written."""
+
+    def call(script: str, *arguments, written: Path | None = None) -> str:
+        before = files(written) if written else None
+        capsys.readouterr()
+        status = run_here(script, *arguments)
         error = capsys.readouterr().err
-        assert ended.value.code == 2, error
+        assert status == 2, error
         lines = error.strip().splitlines()
         assert len(lines) == 1, error
         assert lines[0].startswith(f"{script}: error: "), error

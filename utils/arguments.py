@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models import MODELS, model_names
+from models import MODELS, canonical_name, from_timm, model_names
 from utils.checkpoint import MAX_SIDE
 from utils.data_loader import AUGMENTATIONS, PROTOCOLS, READERS
 from utils.errors import InputError
@@ -90,6 +90,16 @@ def one_of(names: list[str] | tuple[str, ...]) -> Callable:
         return text
 
     return convert
+
+
+def network(text: str) -> str:
+    """A type for argparse: the canonical name of one of our networks, or of timm's."""
+    if not from_timm.is_timm(text):
+        return canonical_name(one_of([*model_names(), "timm/NAME"])(text))
+    try:
+        return canonical_name(text)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def device(text: str) -> torch.device:
@@ -175,6 +185,12 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         help="of training images: none (off), flip (left-right), crop (4 pixels padding), "
         "crop-flip; auto is crop-flip for CIFAR, flip for fashionmnist and imagefolder, none for "
         "the others (default: %(default)s)",
+    )
+    add(
+        "--pretrained",
+        action="store_true",
+        help="start from timm's weights, on images normalised and enlarged as those they were "
+        "trained on (default: off)",
     )
     add(
         "--precision",
@@ -289,10 +305,11 @@ def add_data_flags(parser: Parser) -> None:
     )
     add(
         "--model",
-        type=one_of(model_names()),
+        type=network,
         default="resnet18",
         metavar="NAME",
-        help=f"{', '.join(MODELS)} (default: %(default)s)",
+        help=f"{', '.join(MODELS)}, or timm/NAME: any network of timm, if it is installed "
+        "(default: %(default)s)",
     )
 
 
@@ -344,6 +361,21 @@ def add_hyper_parameter(
     )
 
 
+def settle(args: argparse.Namespace, model: str) -> argparse.Namespace:
+    """The arguments that hold for the training of this network. Raises InputError if some clash."""
+    tag = model.partition(".")[2]
+    if args.pretrained and not from_timm.is_timm(model):
+        raise InputError(
+            f"--pretrained loads weights that timm has for timm/NAME; {model} has none"
+        )
+    if tag and not args.pretrained:
+        raise InputError(
+            f"{model!r} given, and {tag!r} names weights that nothing loads without --pretrained; "
+            "give that flag, or the name alone"
+        )
+    return args
+
+
 def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float | None) -> dict:
     """How a network is trained, whatever the method: plain values, kept in config.json."""
     augment = PARAMS["augmentation"][dataset] if args.augment == "auto" else args.augment
@@ -363,6 +395,7 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
         "epochs": args.epochs,
         "estop": estop,
         "augment": augment,
+        "pretrained": args.pretrained,
         "precision": _precision(args.device) if args.precision == "auto" else args.precision,
         "compile": args.compile,
         "deterministic": args.deterministic,

@@ -27,7 +27,7 @@ import torch
 import torchvision
 from torch import nn
 
-from models import MODELS, build_model
+from models import ImageClassifier, build_model, canonical_name
 from utils import distributed
 from utils.data_loader import PROTOCOLS, READERS
 from utils.errors import InputError
@@ -146,6 +146,7 @@ def contents(
             "name": model.name,
             "input_shape": list(model.input_shape),
             "num_classes": model.num_classes,
+            "network_size": list(model.network_size),
         },
         "weights": model.state_dict(),
         "training": training,
@@ -200,14 +201,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
         )
     try:
         _check_fields(content)
-        described = content["model"]
-        with torch.device("meta"):  # shapes alone: no memory, and nobody's random numbers
-            model = build_model(
-                described["name"], tuple(described["input_shape"]), described["num_classes"]
-            )
-        _check_weights(content["weights"], model.state_dict(), path.stat().st_size)
+        with torch.device("meta"):  # shapes alone: no memory
+            model = _build(content["model"])
+        _check_weights(content["weights"], model, path.stat().st_size)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
+    # Not from the shapes: a network may hold tensors that are not among its weights.
+    with torch.random.fork_rng(devices=[]):
+        model = _build(content["model"])
     model.load_state_dict(content["weights"], assign=True)
     return Checkpoint(
         path=path,
@@ -220,8 +223,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     )
 
 
-def _check_weights(weights: dict, expected: dict[str, torch.Tensor], file_size: int) -> None:
-    """Raises ValueError unless these are weights that the network can take and compute with."""
+def _build(described: dict) -> ImageClassifier:
+    size = described.get("network_size")
+    return build_model(
+        described["name"],
+        tuple(described["input_shape"]),
+        described["num_classes"],
+        network_size=tuple(size) if size else None,
+    )
+
+
+def _check_weights(weights: dict, model: nn.Module, file_size: int) -> None:
+    """Raises ValueError unless these are weights that the network can take and compute with.
+
+    model: the network on the meta device.
+    """
+    expected = model.state_dict()
     if weights.keys() != expected.keys():
         differing = sorted(map(reprlib.repr, weights.keys() ^ expected.keys()))
         raise ValueError(f"weights are missing or not the network's: {', '.join(differing[:3])}")
@@ -233,6 +250,10 @@ def _check_weights(weights: dict, expected: dict[str, torch.Tensor], file_size: 
     # Strides of zero make a tensor of any size out of one number.
     if sum(tensor.nbytes for tensor in weights.values()) > file_size:
         raise ValueError("its weights are larger than the file")
+    # Such as a transformer's table of relative positions, which no file needs to hold.
+    beside = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in expected)
+    if beside > MAX_BESIDE:
+        raise ValueError(f"the network takes {beside} bytes beside its weights")
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"weights {name} are not finite")
@@ -244,7 +265,7 @@ def _check_weights(weights: dict, expected: dict[str, torch.Tensor], file_size: 
 
 # What the fields of a checkpoint may be. They end up in paths, tables and messages, so words are
 # plain words; numbers are finite; and sizes are such that a network of them can exist.
-MAX_CLASSES, MAX_SIDE = 100_000, 4096
+MAX_CLASSES, MAX_SIDE, MAX_BESIDE = 100_000, 4096, 2**29
 
 
 def _whole(low: int, high: int = 2**63 - 1) -> Callable:
@@ -258,6 +279,13 @@ def _real(low: float, high: float = math.inf) -> Callable:
 
 def _word(value) -> bool:
     return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+-]{1,100}", value) is not None
+
+
+def _network(value) -> bool:
+    try:
+        return _word(value) and canonical_name(value) == value
+    except ValueError:
+        return False
 
 
 def _sha256(value) -> bool:
@@ -289,7 +317,7 @@ def _values(value) -> bool:
 def _check_fields(content: dict) -> None:
     """Raises ValueError naming the first field that cannot be what `contents` put there."""
     fields = {
-        "model.name": (lambda value: _word(value) and value in MODELS, "a network's name"),
+        "model.name": (_network, "a network's name"),
         "model.num_classes": (_whole(2, MAX_CLASSES), f"2 to {MAX_CLASSES}"),
         "model.input_shape": (
             _list_of(_whole(1, MAX_SIDE), lambda length: length == 3),
@@ -333,6 +361,11 @@ def _check_fields(content: dict) -> None:
     }
     if content.get("teacher") is not None:
         fields["teacher.weights"] = (_sha256, "a SHA-256")
+    if isinstance(content.get("model"), dict) and "network_size" in content["model"]:
+        fields["model.network_size"] = (  # earlier versions did without
+            _list_of(_whole(1, MAX_SIDE), lambda length: length == 2),
+            f"[height, width], each 1 to {MAX_SIDE}",
+        )
     for name, (accepted, expected) in fields.items():
         value = content
         for key in name.split("."):
@@ -391,6 +424,7 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "timm": getattr(sys.modules.get("timm"), "__version__", None),  # None: not used
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "commit": git("rev-parse", "HEAD"),

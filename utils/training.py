@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import ImageClassifier, build_model, canonical_name
+from models import ImageClassifier, build_model, pretrained_normalisation
 from utils import arguments, checkpoint, data_loader, distributed, run_folder
 from utils.data_loader import AUGMENTATIONS, PURPOSES, Batch, ImageData, Splits
 from utils.errors import DivergedError, InputError, Stopped, StopRequest
@@ -78,7 +78,11 @@ class Trial:
     @cached_property
     def description(self) -> dict:
         """What a checkpoint says of its data."""
-        mean, std = data_loader.pixel_statistics(self.data, self.training_images)
+        if self.recipe["pretrained"]:
+            normalisation = pretrained_normalisation(self.model_name, self.data.input_shape[0])
+        else:
+            mean, std = data_loader.pixel_statistics(self.data, self.training_images)
+            normalisation = {"mean": mean, "std": std}
         return {
             "dataset": self.data.name,
             "classes": list(self.data.classes),
@@ -88,7 +92,7 @@ class Trial:
             "seed": self.seed,
             "fingerprint": self.data.fingerprint,
             "splits": self.splits.hashes(),
-            "normalisation": {"mean": mean, "std": std},
+            "normalisation": normalisation,
         }
 
     @property
@@ -146,14 +150,15 @@ def train_method(
     find_teacher: Callable | None = None,
 ) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
+    args = arguments.settle(args, args.model)
     args.device = distributed.start(args.device)
     data = data_loader.load(args.dataset, args.data_dir, args.image_size)
     arguments.check_classes(args, data.classes)
     data = data.to(args.device)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
-        name, protocol = canonical_name(args.model), args.protocol
-        trial = new_trial(args, data, name, seed, protocol, args.tr_size, args.image_size)
+        protocol, tr_size = args.protocol, args.tr_size
+        trial = new_trial(args, data, args.model, seed, protocol, tr_size, args.image_size)
         if find_teacher:
             trial.teacher = find_teacher(trial, args)
         paths.append(train_trial(trial, method, requested_values(args), make_loss))
@@ -565,25 +570,30 @@ def _check_network(trial: Trial) -> None:
             f"--batch_size {trial.recipe['batch_size']} and {len(trial.splits.train)} training "
             f"images, but {processes} processes: at least one image for each expected"
         )
-    smallest = min(trial.recipe["batch_size"], len(trial.splits.train))
+    model, smallest = _new_model(trial), min(trial.recipe["batch_size"], len(trial.splits.train))
     if smallest == 1 and any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for module in _new_model(trial).modules()
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
     ):
         raise InputError(
             f"--batch_size {trial.recipe['batch_size']} and {len(trial.splits.train)} training "
             f"images make batches of 1, but {trial.model_name} has batch norm, which needs the "
             "variance over a batch; 2 or more expected of both"
         )
+    if model.network_size != model.input_shape[1:]:
+        print("images are enlarged to {}x{} pixels for the network".format(*model.network_size))
 
 
 def _new_model(trial: Trial) -> ImageClassifier:
-    model = build_model(
-        trial.model_name,
-        trial.data.input_shape,
-        len(trial.data.classes),
-        **trial.description["normalisation"],
-    )
+    try:
+        model = build_model(
+            trial.model_name,
+            trial.data.input_shape,
+            len(trial.data.classes),
+            **trial.description["normalisation"],
+            pretrained=trial.recipe["pretrained"],
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return model.to(trial.device, memory_format=torch.channels_last)
 
 
