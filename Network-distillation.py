@@ -104,15 +104,15 @@ def main() -> None:
         20.0,
         "T > 0 that softens both networks' probabilities; 1 is off",
     )
-    args = parser.parse_args()
-    args = arguments.settle(args, args.student)
-    args.device = distributed.start(args.device)
+    given = parser.parse_args()
+    given.device = distributed.start(given.device)
 
-    for path in checkpoint.find(args.teacher):
-        teacher = checkpoint.load(path, args.device)
-        if teacher.is_student and str(path) not in args.teacher:
+    for path in checkpoint.find(given.teacher):
+        teacher = checkpoint.load(path, given.device)
+        if teacher.is_student and str(path) not in given.teacher:
             continue
         print(f"\nteacher: {path}")
+        args = arguments.settle(given, "distillation", teacher.data["dataset"], given.student)
         for scaled in {"no": [False], "yes": [True], "both": [False, True]}[args.scale_teacher]:
             trial = student_trial(args, teacher, scaled)
             warn_of_leak(teacher, trial.data, trial.splits)
@@ -120,7 +120,7 @@ def main() -> None:
             method += "-scaled" if scaled else ""
             train_trial(trial, method, requested_values(args), make_loss)
     print("\nNext, see teachers and students side by side:")
-    arguments.print_next(args, shlex.join(["Models-evaluation.py", args.output_dir]))
+    arguments.print_next(given, shlex.join(["Models-evaluation.py", given.output_dir]))
 
 
 if __name__ == "__main__":

@@ -259,7 +259,8 @@ def small_trial(folder: Path) -> training.Trial:
     recipe = {
         "optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "schedule": "steps", "batch_size": 8,
         "epochs": 2, "estop": 0, "augment": "none", "precision": "float32", "compile": False,
-        "deterministic": False, "protocol": "ils", "tr_size": 0.8,
+        "deterministic": False, "protocol": "ils", "tr_size": 0.8, "pretrained": False,
+        "milestones": None, "fall": 0.1,
     }  # fmt: skip
     return training.Trial(
         data, None, "shallownet", 0, recipe, torch.device("cpu"), folder, 10, save_every=1e-9

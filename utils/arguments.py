@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,12 +18,16 @@ from utils.errors import InputError
 PARAMS = json.loads(Path(__file__).with_name("params.json").read_text())
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("steps", "cosine", "constant")
+PARAMETERS = ("default", "published")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SELECTIONS = ("log_loss", "accuracy", "ece")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviated flags, and the script's docstring as help."""
+    """argparse with one-line errors, no abbreviated flags, and the script's docstring as help.
+
+    What it parses has the set of names `given`: those that the command line gives a value.
+    """
 
     def __init__(self, description: str) -> None:
         super().__init__(
@@ -30,6 +35,14 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        parsed, unset = super().parse_args(args, namespace), object()
+        # argparse leaves alone what a namespace has: what is still unset then was not given.
+        again = argparse.Namespace(**dict.fromkeys(vars(parsed), unset))
+        super().parse_args(args, again)
+        parsed.given = {name for name, value in vars(again).items() if value is not unset}
+        return parsed
 
     def error(self, message: str):
         message = " ".join(message.split())
@@ -129,6 +142,15 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add(
+        "--params",
+        type=one_of(PARAMETERS),
+        default="default",
+        metavar="NAME",
+        help="default, or published: what utils/params.json has from the papers for this method, "
+        "data set and network, hyper-parameters to choose from included; flags that are given win "
+        "(default: %(default)s)",
+    )
+    add(
         "--lr",
         type=positive_float,
         default=recipe["lr"],
@@ -153,8 +175,23 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         type=one_of(SCHEDULES),
         default=recipe["schedule"],
         metavar="NAME",
-        help="of the learning rate: steps divides it by 10 after 30 %%, 60 %% and 90 %% of "
-        "--epochs, cosine lowers it to 0, constant is off (default: %(default)s)",
+        help="of the learning rate: steps multiplies it by --fall at each of --milestones, cosine "
+        "lowers it to 0, constant is off (default: %(default)s)",
+    )
+    add(
+        "--milestones",
+        type=positive_int,
+        nargs="+",
+        metavar="EPOCH",
+        help="epochs after which the learning rate falls (default: 30 %%, 60 %% and 90 %% of "
+        "--epochs)",
+    )
+    add(
+        "--fall",
+        type=number(float, 0, 1, open_low=True, open_high=True),
+        default=0.1,
+        metavar="FACTOR",
+        help="what the learning rate is multiplied by at a milestone (default: %(default)s)",
     )
     add(
         "--batch_size",
@@ -183,8 +220,8 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         default="auto",
         metavar="NAME",
         help="of training images: none (off), flip (left-right), crop (4 pixels padding), "
-        "crop-flip; auto is crop-flip for CIFAR, flip for fashionmnist and imagefolder, none for "
-        "the others (default: %(default)s)",
+        "crop-flip, shift-flip (3 pixels padding); auto is crop-flip for CIFAR, flip for "
+        "fashionmnist and imagefolder, none for the others (default: %(default)s)",
     )
     add(
         "--pretrained",
@@ -361,13 +398,22 @@ def add_hyper_parameter(
     )
 
 
-def settle(args: argparse.Namespace, model: str) -> argparse.Namespace:
-    """The arguments that hold for the training of this network. Raises InputError if some clash."""
-    tag = model.partition(".")[2]
+def settle(args: argparse.Namespace, method: str, dataset: str, model: str) -> argparse.Namespace:
+    """The arguments that hold for one training, published settings among them if asked for.
+
+    Raises InputError if nobody published any, or if some clash.
+    """
+    if args.params == "published":
+        args = _with_published(args, method, dataset, model)
+    milestones, idle = args.milestones or [], {"milestones", "fall"} & args.given
+    if idle and args.schedule != "steps":
+        raise InputError(f"--{min(idle)} does nothing with --schedule {args.schedule}; steps would")
+    if milestones != sorted(set(milestones)):
+        given = " ".join(map(str, milestones))
+        raise InputError(f"--milestones {given} given, epochs one after the other expected")
     if args.pretrained and not from_timm.is_timm(model):
-        raise InputError(
-            f"--pretrained loads weights that timm has for timm/NAME; {model} has none"
-        )
+        raise InputError(f"--pretrained loads timm's weights, of which {model} has none")
+    tag = model.partition(".")[2]
     if tag and not args.pretrained:
         raise InputError(
             f"{model!r} given, and {tag!r} names weights that nothing loads without --pretrained; "
@@ -376,9 +422,63 @@ def settle(args: argparse.Namespace, model: str) -> argparse.Namespace:
     return args
 
 
+def _with_published(args, method: str, dataset: str, model: str) -> argparse.Namespace:
+    """A copy with the settings of the paper, but for what the command line gives; says which."""
+    settings = {}
+    for name, protocol in PARAMS["published"].items():
+        networks, methods = protocol["networks"].get(dataset, {}), protocol["methods"]
+        if model in networks and any(fnmatchcase(method, pattern) for pattern in methods):
+            grid = PARAMS["grids"].get(name, {}).get(method, {})
+            hyper_parameters = {key: grid[key] for key in args.hyper_parameters if key in grid}
+            settings = {**protocol["settings"], **networks[model], **hyper_parameters}
+            source = protocol["source"]
+    if not settings:
+        raise InputError(
+            f"--params published has nothing for {method} on {dataset} with {model}; the nearest "
+            f"that it has: {'; '.join(_nearest_published(method, dataset, model))}"
+        )
+    # Milestones belong to the schedule they were published with.
+    given = args.given | ({"milestones", "fall"} if "schedule" in args.given else set())
+    taken = {name: value for name, value in settings.items() if name not in given}
+    left = [
+        f"{name} {_in_words(getattr(args, name))}, not {_in_words(value)}"
+        for name, value in settings.items()
+        if name in given
+    ]
+    listed = (f"{name} {_in_words(value)}" for name, value in taken.items())
+    print(f"published settings ({source}): {', '.join(listed)}")
+    if left:
+        print(f"the command line gives: {'; '.join(left)}")
+    return argparse.Namespace(**{**vars(args), **taken})
+
+
+def _nearest_published(*wanted: str, count: int = 4) -> list[str]:
+    """Those that have most in common with the method, data set and network wanted."""
+
+    def in_common(found: tuple[str, ...]) -> tuple[int, list[bool]]:
+        same = list(map(fnmatchcase, wanted, found))
+        return sum(same), same  # of equally many the method counts most
+
+    there = [
+        (method, dataset, model)
+        for protocol in PARAMS["published"].values()
+        for method in protocol["methods"]
+        for dataset, networks in protocol["networks"].items()
+        for model in networks
+    ]
+    there.sort(key=in_common, reverse=True)
+    return ["{} on {} with {}".format(*found) for found in there[:count]]
+
+
+def _in_words(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
 def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float | None) -> dict:
     """How a network is trained, whatever the method: plain values, kept in config.json."""
-    augment = PARAMS["augmentation"][dataset] if args.augment == "auto" else args.augment
+    augment = args.augment
+    if augment == "auto":
+        augment = PARAMS["augmentation"].get(dataset, "none")
     estop, keeps_last = args.estop, protocol == "lr"
     if estop is None:
         estop = 0 if keeps_last else PARAMS[args.defaults]["estop"]
@@ -391,6 +491,8 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
         "lr": args.lr,
         "weight_decay": args.weight_decay,
         "schedule": args.schedule,
+        "milestones": args.milestones,
+        "fall": args.fall,
         "batch_size": args.batch_size,
         "epochs": args.epochs,
         "estop": estop,

@@ -310,6 +310,10 @@ def _plain(value) -> bool:
     return value is None or _number(value) or _word(value)
 
 
+def _setting(value) -> bool:
+    return _plain(value) or _list_of(_number)(value)
+
+
 def _values(value) -> bool:
     return _list_of(_number)(value) or _list_of(_word)(value)
 
@@ -332,7 +336,10 @@ def _check_fields(content: dict) -> None:
         "training.requested": (_dict_of(_values), "a dictionary of lists of numbers or of names"),
         "training.seed": (_whole(0), "a whole number"),
         "training.epoch": (_whole(1), "a whole number from 1 on"),
-        "training.recipe": (_dict_of(_plain), "a dictionary of plain values"),
+        "training.recipe": (
+            _dict_of(_setting),
+            "a dictionary of plain values and lists of numbers",
+        ),
         "data.dataset": (lambda value: _word(value) and value in READERS, "a data set's name"),
         "data.classes": (_list_of(lambda value: type(value) is str), "a list of names"),
         "data.image_size": (

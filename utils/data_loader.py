@@ -465,6 +465,8 @@ AUGMENTATIONS = {
     "flip": Augmentation(flip=True),
     "crop": Augmentation(padding=4),
     "crop-flip": Augmentation(padding=4, flip=True),
+    # The LR paper's shifts by up to a tenth of 32 pixels, where Keras repeats the nearest pixels.
+    "shift-flip": Augmentation(padding=3, flip=True),
 }
 
 

@@ -150,7 +150,7 @@ def train_method(
     find_teacher: Callable | None = None,
 ) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
-    args = arguments.settle(args, args.model)
+    args = arguments.settle(args, method, args.dataset, args.model)
     args.device = distributed.start(args.device)
     data = data_loader.load(args.dataset, args.data_dir, args.image_size)
     arguments.check_classes(args, data.classes)
@@ -611,9 +611,9 @@ def _new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
     if recipe["schedule"] == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     # 30, 60 and 90 of the 100 epochs of the ILS README, and the same shares of any other number.
-    falls = [max(1, round(share * epochs)) for share in (0.3, 0.6, 0.9)]
-    falls = falls if recipe["schedule"] == "steps" else []
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
+    shares = [max(1, round(share * epochs)) for share in (0.3, 0.6, 0.9)]
+    falls = (recipe["milestones"] or shares) if recipe["schedule"] == "steps" else []
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, recipe["fall"])
 
 
 # ------------------------------------------------------------------------------- stopping, resuming

@@ -1,0 +1,206 @@
+"""Published settings: whole, taken where there are some, and overridden by the command line."""
+
+import json
+from fnmatch import fnmatchcase
+
+import pandas as pd
+import pytest
+from conftest import run_here
+
+from models import MODELS
+from utils.arguments import PARAMS, add_hyper_parameter, settle, training_parser
+from utils.data_loader import READERS
+
+HYPER_PARAMETERS = {
+    "vanilla": (),
+    "label-smoothing": ("smoothing",),
+    "label-relaxation": ("alpha",),
+    "focal": ("gamma",),
+    "confidence-penalty": ("beta",),
+    "instance-based-ils1": ("smoothing", "shift", "slope"),
+    "instance-based-ils2": ("smoothing", "temperature"),
+    "instance-based-ils": ("smoothing", "shift", "slope", "temperature"),
+    "instance-based-scores": ("smoothing",),
+    "instance-based-class": ("smoothing", "temperature"),
+    "distillation": ("alpha", "temperature"),
+}
+COMBINATIONS = [
+    (protocol, method, dataset, model)
+    for protocol, content in PARAMS["published"].items()
+    for pattern in content["methods"]
+    for method in HYPER_PARAMETERS
+    if fnmatchcase(method, pattern)
+    for dataset, networks in content["networks"].items()
+    for model in networks
+]
+
+
+def parse(method: str, *words):
+    parser = training_parser("", "distillation" if method == "distillation" else "training")
+    for name in HYPER_PARAMETERS[method]:
+        add_hyper_parameter(parser, f"--{name}", float, 0.5, "of the method")
+    return parser.parse_args(["--params", "published", *map(str, words)])
+
+
+def as_flags(settings: dict) -> list:
+    return [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+
+
+@pytest.mark.parametrize(("protocol", "method", "dataset", "model"), COMBINATIONS)
+def test_each_is_what_its_flags_would_say(protocol, method, dataset, model):
+    """So a value that no flag takes, and a name of none, cannot be in the file."""
+    content = PARAMS["published"][protocol]
+    settings = content["settings"] | content["networks"][dataset][model]
+    settings |= PARAMS["grids"][protocol].get(method, {})
+    settings.pop("source", None)
+    assert dataset in READERS
+    assert model in MODELS
+    taken = settle(parse(method), method, dataset, model)
+    given = settle(parse(method, *as_flags(settings)), method, dataset, model)
+    assert {**vars(taken), "given": None} == {**vars(given), "given": None}
+    assert given.given == {"params", *settings}
+    assert all(getattr(taken, name) == value for name, value in settings.items())
+
+
+def test_no_two_sources_for_the_same():
+    combinations = [combination[1:] for combination in COMBINATIONS]
+    assert len(combinations) == len(set(combinations)) > 50
+    for content in (*PARAMS["published"].values(), *PARAMS["grids"].values()):
+        assert content["source"]
+
+
+@pytest.mark.parametrize(
+    ("method", "dataset", "model", "expected"),
+    [
+        ("vanilla", "cifar10", "resnet18", {"lr": 0.1, "batch_size": 512, "epochs": 100}),
+        ("instance-based-ils2", "cifar100", "resnet50", {"smoothing": [0.01, 0.05, 0.1]}),
+        ("focal", "cifar100", "resnet56", {"milestones": [75, 150, 225], "epochs": 300}),
+        ("label-relaxation", "cifar10", "vgg16", {"lr": 0.01, "batch_size": 64, "fall": 0.1}),
+        ("vanilla", "mnist", "simple_dense", {"schedule": "constant", "epochs": 25}),
+        ("distillation", "cifar10", "shallownet", {"optimizer": "adam", "lr": 0.001}),
+    ],
+)
+def test_what_the_papers_say(method, dataset, model, expected):
+    taken = settle(parse(method), method, dataset, model)
+    assert expected.items() <= vars(taken).items()
+
+
+def test_the_falls_of_the_paper_are_square_roots_of_a_tenth():
+    taken = settle(parse("vanilla"), "vanilla", "cifar10", "resnet56")
+    assert taken.fall == pytest.approx(0.1**0.5)
+
+
+def test_a_schedule_of_ones_own_comes_without_the_published_milestones():
+    args = parse("vanilla", "--schedule", "cosine")
+    taken = settle(args, "vanilla", "cifar10", "resnet18")
+    assert (taken.schedule, taken.milestones, taken.fall) == ("cosine", None, 0.1)
+    assert taken.epochs == 100
+
+
+def test_a_flag_that_says_the_default_is_given_all_the_same():
+    default = training_parser("").get_default("batch_size")
+    taken = settle(parse("vanilla", "--batch_size", default), "vanilla", "mnist", "simple_dense")
+    assert taken.batch_size == default
+
+
+# ----------------------------------------------------------------------------- through the scripts
+
+
+def test_published_settings_are_applied_and_listed(fashion_mnist, tmp_path, capsys):
+    assert not run_here(
+        "Label-relaxation.py", "--params", "published", "--dataset", "fashionmnist",
+        "--model", "simple_dense", "--alpha", 0.05, "--epochs", 1, "--tr_size", 0.01,
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("published settings (LR paper")
+    assert "lr 0.05" in said[0]
+    assert "milestones 30" in said[0]
+    assert "epochs 1, not 50" in said[1]
+    assert "tr_size 0.01, not 0.833333" in said[1]
+    assert "alpha 0.05, not 0.01 0.025" in said[1]
+    folder = tmp_path / "fashionmnist/simple_dense/label-relaxation/seed0"
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["hyper_parameters"] == {"alpha": [0.05]}
+    published = {
+        "optimizer": "sgd", "lr": 0.05, "schedule": "steps", "milestones": [30],
+        "fall": 0.31622777, "batch_size": 64, "estop": 0, "augment": "none",
+    }  # fmt: skip
+    assert published.items() <= settings["recipe"].items()
+    assert {"epochs": 1, "tr_size": 0.01}.items() <= settings["recipe"].items()
+    assert json.loads((folder / "metrics.json").read_text())["ece_bins"] == 15
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "wanted", "near"),
+    [
+        ("Focal-loss.py", (), "focal on digits with resnet18", "focal on"),
+        (
+            "Instance-based-smoothing.py", ("--dataset", "cifar10", "--model", "vgg16"),
+            "instance-based-ils2 on cifar10 with vgg16", "instance-based-* on cifar10",
+        ),
+        (
+            "Vanilla-cross-entropy.py", ("--dataset", "mnist", "--model", "lenet"),
+            "vanilla on mnist with lenet", "vanilla on mnist with simple_dense",
+        ),
+    ],
+)  # fmt: skip
+def test_what_nobody_published_is_refused_with_the_nearest(
+    script, flags, wanted, near, refused, tmp_path
+):
+    error = refused(
+        script, "--params", "published", *flags, "--output_dir", tmp_path, written=tmp_path
+    )  # fmt: skip
+    before, _, after = error.partition("the nearest that it has: ")
+    assert wanted in before
+    assert near in after.split("; ")[0]
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stepped")
+    flags = (
+        "--model", "simple_dense", "--epochs", 4, "--batch_size", 256, "--milestones", 1, 3,
+        "--fall", 0.5, "--output_dir", folder,
+    )  # fmt: skip
+    assert not run_here("Vanilla-cross-entropy.py", *flags)
+    return folder, flags
+
+
+def test_the_learning_rate_falls_at_the_milestones(stepped):
+    folder, _ = stepped
+    history = pd.read_csv(folder / "digits/simple_dense/vanilla/seed0/history.csv")
+    assert list(history["learning_rate"]) == pytest.approx([0.1, 0.05, 0.05, 0.025])
+
+
+def test_a_checkpoint_with_milestones_is_evaluated(stepped, tmp_path):
+    folder, _ = stepped
+    assert not run_here("Models-evaluation.py", folder, "--output_dir", tmp_path)
+    recipe = json.loads(pd.read_csv(tmp_path / "results.csv")["recipe"][0])
+    assert recipe["milestones"] == [1, 3]
+
+
+def test_other_milestones_are_another_configuration(stepped, refused):
+    folder, flags = stepped
+    error = refused("Vanilla-cross-entropy.py", *flags, "--milestones", 2, written=folder)
+    assert "recipe.milestones is [1, 3] there and [2] here" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--schedule", "cosine", "--milestones", 3), "--milestones does nothing with"),
+        (("--schedule", "constant", "--fall", 0.1), "--fall does nothing with"),
+        (("--milestones", 30, 20), "--milestones 30 20 given"),
+        (("--milestones", 20, 20), "--milestones 20 20 given"),
+    ],
+)
+def test_milestones_that_cannot_be(flags, reason, refused, tmp_path):
+    error = refused(
+        "Vanilla-cross-entropy.py", *flags, "--output_dir", tmp_path, written=tmp_path
+    )  # fmt: skip
+    assert reason in error
