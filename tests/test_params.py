@@ -121,7 +121,6 @@ def test_published_settings_are_applied_and_listed(fashion_mnist, tmp_path, caps
     assert "lr 0.05" in said[0]
     assert "milestones 30" in said[0]
     assert "epochs 1, not 50" in said[1]
-    assert "tr_size 0.01, not 0.833333" in said[1]
     assert "alpha 0.05, not 0.01 0.025" in said[1]
     folder = tmp_path / "fashionmnist/simple_dense/label-relaxation/seed0"
     settings = json.loads((folder / "config.json").read_text())["settings"]
