@@ -19,7 +19,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from utils import checkpoint, comparison, inspector, plots, report, tables
-from utils.arguments import Parser, add_evaluation_flags, non_negative_int
+from utils.arguments import (
+    Parser,
+    add_evaluation_flags,
+    check_streaming,
+    non_negative_int,
+    streaming,
+)
 from utils.errors import InputError, run
 from utils.evaluate import all_metrics, calibrated_ece_by_chance
 from utils.inference import Evaluated, evaluate_checkpoint
@@ -28,6 +34,7 @@ from utils.inference import Evaluated, evaluate_checkpoint
 def main() -> int:
     args = parse_arguments()
     networks, left_out = evaluate_all(args)
+    check_streaming(args, {network.data["dataset"] for network in networks})
     results = pd.DataFrame([row for net in networks for row in tidy_rows(net, args.ece_bins)])
     # The same network given twice, as a file and in its folder, is still one seed.
     results = results.drop_duplicates(["weights", "training", "split", "scaling"])
@@ -55,7 +62,7 @@ def main() -> int:
         drawings += plots.write_all(networks, folder, args.tsne_classes, args.ece_bins)
     if args.inspect is not None:
         texts["One image"], drawing = inspector.inspect(
-            networks, args.inspect, args.data_dir, args.device, folder
+            networks, args.inspect, args.data_dir, args.device, folder, streaming(args)
         )
         drawings.append(drawing)
     print("\n".join(texts.values()))
@@ -134,7 +141,7 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
     paths, networks = checkpoint.find(args.checkpoints), []
     for path in tqdm(paths, "evaluating", disable=None, unit="checkpoint"):
         try:
-            network = evaluate_checkpoint(path, args.data_dir, args.device)
+            network = evaluate_checkpoint(path, args.data_dir, args.device, streaming(args))
             comparison.check_selection(network.training)
             networks.append(network)
         except ValueError as error:  # InputError is one; logits that overflowed are another
@@ -146,7 +153,9 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
         raise InputError(f"none of the {len(paths)} checkpoints could be evaluated")
     found = {network.weights_hash: network for network in networks}
     for network in networks:
-        leak = comparison.teacher_warning(network, found, args.data_dir, args.device)
+        leak = comparison.teacher_warning(
+            network, found, args.data_dir, args.device, streaming(args)
+        )
         for warning in [*network.warnings, *filter(None, [leak])]:
             print(f"warning: {network.path}: {warning}", file=sys.stderr)
     return networks, len(paths) - len(networks)

@@ -48,7 +48,10 @@ def make_loss(trial, alpha, temperature):
 
 def student_trial(args, teacher, scaled: bool) -> Trial:
     """The teacher's data set and split, and its seed unless --seed says otherwise."""
-    data, _ = data_loader.reload(teacher.data, args.data_dir, args.device)
+    arguments.check_streaming(args, {teacher.data["dataset"]})
+    data, _ = data_loader.reload(
+        teacher.data, args.data_dir, args.device, arguments.streaming(args)
+    )
     seed = teacher.training["seed"] if args.seed is None else args.seed
     trial = new_trial(
         args,

@@ -108,9 +108,9 @@ def evaluate(monkeypatch, capsys, tmp_path):
 def test_many_checkpoints_read_the_data_set_once(evaluate, runs, monkeypatch):
     reads = []
 
-    def counted(data_dir, image_size, read=data_loader.READERS["digits"]):
+    def counted(data_dir, read=data_loader.READERS["digits"]):
         reads.append(data_dir)
-        return read(data_dir, image_size)
+        return read(data_dir)
 
     monkeypatch.setitem(data_loader.READERS, "digits", counted)
     data_loader._reload.cache_clear()

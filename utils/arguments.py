@@ -14,6 +14,7 @@ from models import MODELS, canonical_name, from_timm, model_names
 from utils.checkpoint import MAX_SIDE
 from utils.data_loader import AUGMENTATIONS, PROTOCOLS, READERS
 from utils.errors import InputError
+from utils.image_files import AUTO, Streaming
 
 PARAMS = json.loads(Path(__file__).with_name("params.json").read_text())
 OPTIMIZERS = ("sgd", "adam")
@@ -21,6 +22,7 @@ SCHEDULES = ("steps", "cosine", "constant")
 PARAMETERS = ("default", "published")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SELECTIONS = ("log_loss", "accuracy", "ece")
+STREAMING = ("auto", "yes", "no")
 
 
 class Parser(argparse.ArgumentParser):
@@ -374,6 +376,22 @@ def add_evaluation_flags(parser: Parser) -> None:
         metavar="N",
         help="equal-width bins of the expected calibration error (default: %(default)s)",
     )
+    add(
+        "--stream",
+        type=one_of(STREAMING),
+        default="auto",
+        metavar="NAME",
+        help="of imagefolder: yes leaves the images on disk and decodes each batch when it is "
+        "needed, no decodes all into memory, auto is yes if they would take more than half of "
+        "the memory available; the result is the same (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=number(int, 0, 1024),
+        metavar="N",
+        help="processes that decode the images of imagefolder; 0: the script does it itself "
+        "(default: one for each core that it may use)",
+    )
 
 
 def add_hyper_parameter(
@@ -521,11 +539,28 @@ def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:
         )
 
 
+def streaming(args: argparse.Namespace) -> Streaming:
+    return Streaming(args.stream, args.workers)
+
+
+def check_streaming(args: argparse.Namespace, datasets: set[str]) -> None:
+    """Raises InputError if a flag of image folders is given and none of the data sets is one."""
+    if streaming(args) != AUTO and "imagefolder" not in datasets:
+        raise InputError(
+            "--stream and --workers are of imagefolder and do nothing with "
+            f"{', '.join(sorted(datasets))}; leave them out"
+        )
+
+
 def print_next(args: argparse.Namespace, *commands: str) -> None:
     """Says which commands come next, with the flags of this one that they need."""
     needed = ""
     if args.data_dir != "data":
         needed += f" --data_dir {shlex.quote(args.data_dir)}"
+    if args.stream != "auto":
+        needed += f" --stream {args.stream}"
+    if args.workers is not None:
+        needed += f" --workers {args.workers}"
     for command in commands:
         if args.output_dir != "runs" and command.startswith("Network-distillation.py"):
             needed += f" --output_dir {shlex.quote(args.output_dir)}"

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from utils import data_loader
 from utils.errors import InputError
+from utils.image_files import AUTO, Streaming
 from utils.inference import Evaluated
 
 METRICS = ("accuracy", "log_loss", "brier", "ece")  # what is resampled and compared
@@ -69,7 +70,11 @@ def check_test_images(rows: pd.DataFrame) -> None:
 
 
 def teacher_warning(
-    student: Evaluated, found: Mapping[str, Evaluated], data_dir: str | Path, device: torch.device
+    student: Evaluated,
+    found: Mapping[str, Evaluated],
+    data_dir: str | Path,
+    device: torch.device,
+    streaming: Streaming = AUTO,
 ) -> str | None:
     """What is to be said of the images on which the network's teacher was trained, if anything.
 
@@ -92,8 +97,8 @@ def teacher_warning(
     trained_on = teacher.training["trained_on"]
     if teacher.data["splits"] == student.data["splits"] and trained_on == "train":
         return None
-    _, ours = data_loader.reload(student.data, data_dir, device)
-    _, theirs = data_loader.reload(teacher.data, data_dir, device)
+    _, ours = data_loader.reload(student.data, data_dir, device, streaming)
+    _, theirs = data_loader.reload(teacher.data, data_dir, device, streaming)
     validation, test = images_seen(theirs.of(trained_on), ours)
     if test:
         raise InputError(

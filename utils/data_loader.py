@@ -1,9 +1,11 @@
 """Where images come from, who is in which split, and what a batch is.
 
 A data set is one uint8 tensor. It is read once, moved to the device once, and batches are taken
-from it by index there: no worker processes, no per-image Python. Crop and flip work on the whole
-batch; scaling and normalisation are the network's first layer (models/classifier.py), so a batch is
-exactly what is on disk and any two networks can look at the same one.
+from it by index there: no worker processes, no per-image Python. Only a folder of images that is
+too large for that is decoded batch by batch (image_files.py), and `ImageData.gather` is the one
+place that knows. Crop and flip work on the whole batch; scaling and normalisation are the network's
+first layer (models/classifier.py), so a batch is exactly what is on disk and any two networks can
+look at the same one.
 """
 
 import gzip
@@ -11,8 +13,7 @@ import hashlib
 import os
 import shutil
 import socket
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -22,12 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from utils.distributed import WHOLE, Shard
 from utils.errors import InputError
+from utils.image_files import AUTO, CPU, ImageFiles, Streaming, available_memory, find_images
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -38,13 +39,15 @@ class ImageData:
 
     images: uint8 (N, H, W, C); the layout in which a batch is channels-last without a copy.
     labels: int64 (N,), each in [0, len(classes)).
+    files_digest: of a folder of images, whether or not it is in memory, what identifies its files.
     """
 
     name: str
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
     classes: tuple[str, ...]
     train_size: int
+    files_digest: bytes | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -55,11 +58,23 @@ class ImageData:
     def to(self, device: torch.device) -> "ImageData":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def gather(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """uint8 (B, H, W, C) on the device, of each batch of indices in turn."""
+        if isinstance(self.images, ImageFiles):
+            return self.images.gather(batches)
+        device = self.images.device
+        # Whole rows; images[batch] would copy byte by byte.
+        return (self.images.index_select(0, batch.to(device)) for batch in batches)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of every pixel and label: two data sets are the same if this is."""
+        """SHA-256 of every pixel and label: two data sets are the same if this is.
+
+        For pixels that come from image files it is of the files' bytes and of the size that they
+        are brought to, so that it is the same in memory and streamed.
+        """
         digest = hashlib.sha256(str((tuple(self.images.shape), self.train_size)).encode())
-        digest.update(np.ascontiguousarray(self.images.cpu().numpy()))
+        digest.update(self.files_digest or np.ascontiguousarray(self.images.cpu().numpy()))
         digest.update(self.labels.cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -67,7 +82,7 @@ class ImageData:
 # ------------------------------------------------------------------------------- reading data sets
 
 
-def _digits(data_dir: Path, image_size: int | None):
+def _digits(data_dir: Path):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -87,7 +102,7 @@ def _torchvision(class_name: str, **split_argument):
 
     ((keyword, values),) = split_argument.items()
 
-    def read(data_dir: Path, image_size: int | None):
+    def read(data_dir: Path):
         from torchvision import datasets
 
         constructor = getattr(datasets, class_name)
@@ -162,14 +177,9 @@ def _use_debian_package(raw: Path) -> None:
             unfinished.replace(raw / archive.stem)
 
 
-# Pillow knows more, among them EPS, which it has Ghostscript run as a program.
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 2**25  # of one file; a few working copies of it stay well below 1 GiB
-
-
-def _imagefolder(data_dir: Path, image_size: int | None):
-    files = {part: _image_files(data_dir, part) for part in ("train", "test")}
+def _imagefolder(data_dir: Path):
+    """Files in place of images."""
+    files = {part: find_images(data_dir, part) for part in ("train", "test")}
     for part, other in (("train", "test"), ("test", "train")):
         if missing := sorted(files[other].keys() - files[part].keys()):
             raise InputError(
@@ -181,103 +191,11 @@ def _imagefolder(data_dir: Path, image_size: int | None):
     if len(classes) < 2:
         raise InputError(f"{data_dir / 'train'} holds {len(classes)} classes, 2 or more expected")
 
-    paths = [path for part in files.values() for name in classes for path in part[name]]
-    labels = [k for part in files.values() for k, name in enumerate(classes) for _ in part[name]]
-    images = np.empty(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of odd metadata beside sound pixels
-        for position, path in enumerate(paths):
-            image = _read_image(path, image_size)
-            if position == 0:
-                images = np.empty((len(paths), *image.shape), np.uint8)
-            if image.shape != images[0].shape:
-                (height, width), (h, w) = images.shape[1:3], image.shape[:2]
-                raise InputError(
-                    f"images of unequal size: {str(paths[0])!r} is {width}x{height}, "
-                    f"{str(path)!r} is {w}x{h}; give --image_size N to bring all of them to N x N "
-                    "pixels"
-                )
-            images[position] = image
-    count = sum(map(len, files["train"].values()))
-    return (images[:count], labels[:count]), (images[count:], labels[count:]), classes
+    def listed(part: dict[str, list[bytes]]) -> tuple[list[bytes], list[int]]:
+        labels = [k for k, name in enumerate(classes) for _ in part[name]]
+        return [path for name in classes for path in part[name]], labels
 
-
-def _image_files(data_dir: Path, part: str) -> dict[str, list[Path]]:
-    """The images of each class, which is a folder, at any depth below it.
-
-    Hidden files and other kinds of files are passed over. Links may lead to files inside data_dir:
-    a folder of images from elsewhere must not bring in what is private here.
-    """
-    folder, root = data_dir / part, os.path.realpath(data_dir)
-
-    def refuse_link(path: Path) -> None:
-        outside = not Path(os.path.realpath(path)).is_relative_to(root)
-        if path.is_symlink() and (path.is_dir() or outside):
-            raise InputError(
-                f"{str(path)!r} is a link to a folder, or leads outside {data_dir}; copies, or "
-                "links to files inside, expected"
-            )
-
-    if not folder.is_dir():
-        raise InputError(
-            f"no folder {folder}: --dataset imagefolder reads --data_dir with "
-            "train/<class>/<image> and test/<class>/<image>"
-        )
-    refuse_link(folder)
-    found = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
-        images = []
-        for path in (entry, *sorted(entry.rglob("*"))):
-            refuse_link(path)
-            kind = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-            if kind and not path.is_dir():
-                images.append(path)
-        if not images:
-            raise InputError(
-                f"the class {str(entry)!r} holds no image; at least one file expected that ends in "
-                + ", ".join(SUFFIXES)
-            )
-        # Names need not be UTF-8 on Linux, but must be to be printed and stored.
-        found[os.fsencode(entry.name).decode("utf-8", "backslashreplace")] = images
-    return found
-
-
-def _read_image(path: Path, image_size: int | None) -> np.ndarray:
-    """uint8 (H, W, 3), upright; with image_size scaled and centre-cropped to a square of it.
-
-    Of several frames the first is taken.
-    """
-    try:
-        if not path.is_file():  # reading a pipe would never end
-            raise ValueError("it is not a regular file")
-        with Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(
-                    f"it has {file.width}x{file.height} pixels, at most {MAX_PIXELS} expected"
-                )
-            image = _to_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
-        raise InputError(f"cannot use the image {str(path)!r}: {error}") from None
-    if image_size:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of grey, palette, CMYK and 16-bit images; what is transparent lies on white."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255, which is near black
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError("it has 32-bit pixels, at most 16 bits expected")
-        image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("it has floating-point pixels, 8 or 16 bits expected")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return listed(files["train"]), listed(files["test"]), classes
 
 
 READERS: dict[str, Callable] = {
@@ -291,27 +209,46 @@ READERS: dict[str, Callable] = {
 }
 
 
-def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
+def load(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    device: torch.device = CPU,
+    streaming: Streaming = AUTO,
+) -> ImageData:
     """Reads a data set, downloading it into data_dir if torchvision knows it and it is not there.
 
     name: a key of READERS. image_size: None, or the side in pixels that all images are brought to.
+    device: where the data set, or a batch of it, is wanted. streaming: of imagefolder alone.
     Raises InputError if the files are missing and cannot be downloaded, or are not what they
     should be.
     """
     try:
-        train, test, classes = READERS[name](Path(data_dir), image_size)
+        train, test, classes = READERS[name](Path(data_dir))
+        images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
+        digest = None
+        if name == "imagefolder":
+            files = ImageFiles(images, image_size, streaming.workers)
+            digest = files.digest()
+            large = files.nbytes > available_memory(device) / 2
+            stream = streaming.mode == "yes" or (streaming.mode == "auto" and large)
+            images = files if stream else files.in_memory()
+        else:
+            images = _tensor(images, image_size)
     except (OSError, MemoryError) as error:
         raise InputError(f"cannot read the {name} data in {data_dir}: {error}") from None
+    labels = torch.from_numpy(labels).long()
+    return ImageData(name, images, labels, tuple(classes), len(train[0]), digest).to(device)
 
-    def both(part: int) -> Tensor:
-        return torch.from_numpy(np.concatenate([train[part], test[part]]))
 
-    images, labels = both(0), both(1).long()
-    if images.ndim == 3:
-        images = images.unsqueeze(-1)
-    if image_size and images.shape[1:3] != (image_size, image_size):
-        images = _resize(images, image_size)
-    return ImageData(name, images.contiguous(), labels, tuple(classes), train_size=len(train[0]))
+def _tensor(images: np.ndarray, image_size: int | None) -> Tensor:
+    """(N, H, W) or (N, H, W, C) as ImageData has it."""
+    tensor = torch.from_numpy(images)
+    if tensor.ndim == 3:
+        tensor = tensor.unsqueeze(-1)
+    if image_size and tensor.shape[1:3] != (image_size, image_size):
+        tensor = _resize(tensor, image_size)
+    return tensor.contiguous()
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -396,7 +333,10 @@ def split(data: ImageData, tr_size: float, seed: int, protocol: str = "ils") -> 
 
 
 def reload(
-    description: dict, data_dir: str | Path, device: torch.device
+    description: dict,
+    data_dir: str | Path,
+    device: torch.device,
+    streaming: Streaming = AUTO,
 ) -> tuple[ImageData, Splits]:
     """The data and the splits that a checkpoint's network was trained with, on the device.
 
@@ -406,7 +346,7 @@ def reload(
     name = description["dataset"]
     if name not in READERS:
         raise InputError(f"unknown data set {name!r}; one of {', '.join(READERS)} expected")
-    data = _reload(name, str(data_dir), description["image_size"], device)
+    data = _reload(name, str(data_dir), description["image_size"], device, streaming)
     if data.fingerprint != description["fingerprint"]:
         raise InputError(
             f"the {name} images in {data_dir} are not those that the checkpoint was trained with; "
@@ -430,16 +370,26 @@ def reload(
     return data, splits
 
 
-@lru_cache(maxsize=1)  # many checkpoints of one data set are evaluated in a row
-def _reload(name: str, data_dir: str, image_size: int | None, device: torch.device) -> ImageData:
-    return load(name, data_dir, image_size).to(device)
+# Many checkpoints of one data set are evaluated in a row.
+_reload = lru_cache(maxsize=1)(load)
+
+
+# Of so many images the mean is known to a thousandth, and they are decoded in minutes.
+STATISTICS_IMAGES = 2**15
 
 
 def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over the given images, pixels in [0, 1]."""
+    """Mean and standard deviation of each channel over the given images, pixels in [0, 1].
+
+    Of a folder of more than STATISTICS_IMAGES images, in memory or not, over so many of them, the
+    same ones each time.
+    """
+    if data.files_digest and len(indices) > STATISTICS_IMAGES:
+        drawn = torch.randperm(len(indices), generator=generator(0, 2))[:STATISTICS_IMAGES]
+        indices = indices[drawn]
     counts = torch.zeros(data.images.shape[-1], 256, dtype=torch.int64)
-    for portion in indices.split(512):
-        pixels = data.images[portion.to(data.images.device)].flatten(0, 2)
+    for images in data.gather(indices.split(512)):
+        pixels = images.flatten(0, 2)
         counts += torch.stack([c.bincount(minlength=256) for c in pixels.unbind(1)]).cpu()
     # From whole numbers on, the result is the same bits on every device.
     shares, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
@@ -488,8 +438,8 @@ def ordered_batches(
     data: ImageData, indices: Tensor, batch_size: int, flip: bool = False
 ) -> Iterator[Batch]:
     """The images as they are, or all of them flipped, in the order of the indices."""
-    for chosen in indices.to(data.images.device).split(batch_size):
-        images = data.images[chosen]
+    batches = indices.to(data.labels.device).split(batch_size)
+    for chosen, images in zip(batches, data.gather(indices.split(batch_size)), strict=True):
         images = images.flip(2) if flip else images
         flipped = torch.full_like(chosen, flip, dtype=torch.bool)
         yield Batch(images.permute(0, 3, 1, 2), data.labels[chosen], chosen, flipped, len(chosen))
@@ -519,31 +469,40 @@ def shuffled_batches(
     Order and augmentation are a function of (seed, epoch) alone, drawn on the CPU: the same for
     every method, device and number of processes, and an interrupted epoch goes on where it stopped.
     """
-    device, count = data.images.device, len(indices)
+    device, count = data.labels.device, len(indices)
     stream = generator(seed, PURPOSES["order"], epoch)
-    order = indices[torch.randperm(count, generator=stream)].to(device)
-    flips = ((torch.rand(count, generator=stream) < 0.5) & augmentation.flip).to(device)
-    shifts = torch.randint(2 * augmentation.padding + 1, (count, 2), generator=stream).to(device)
-    for step in range(first, steps_per_epoch(count, batch_size, shard.count)):
-        start, end = step * batch_size, min((step + 1) * batch_size, count)
-        part = slice(start + shard.rank, end, shard.count)
-        chosen = order[part]
-        images = data.images[chosen]
+    order = indices[torch.randperm(count, generator=stream)]
+    flips = (torch.rand(count, generator=stream) < 0.5) & augmentation.flip
+    shifts = torch.randint(2 * augmentation.padding + 1, (count, 2), generator=stream)
+    steps = slice(first, steps_per_epoch(count, batch_size, shard.count))
+
+    def batches(values: Tensor) -> list[Tensor]:
+        return [batch[shard.rank :: shard.count] for batch in values.split(batch_size)[steps]]
+
+    shown = data.gather(batches(order))
+    order, flips, shifts = order.to(device), flips.to(device), shifts.to(device)
+    counts = [len(batch) for batch in order.split(batch_size)[steps]]
+    for images, chosen, flipped, shift, count in zip(
+        shown, batches(order), batches(flips), batches(shifts), counts, strict=True
+    ):
         if augmentation.padding:
-            images = _crop(images, shifts[part], augmentation.padding)
+            images = _crop(images, shift, augmentation.padding)
         if augmentation.flip:
-            images = torch.where(flips[part, None, None, None], images.flip(2), images)
-        yield Batch(
-            images.permute(0, 3, 1, 2), data.labels[chosen], chosen, flips[part], end - start
-        )
+            images = _flip(images, flipped)
+        yield Batch(images.permute(0, 3, 1, 2), data.labels[chosen], chosen, flipped, count)
+
+
+def _flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Mirrors left-right those of uint8 (B, H, W, C) that bool (B,) says."""
+    both = torch.cat([images, images.flip(2)])
+    chosen = torch.arange(len(images), device=images.device) + len(images) * flipped
+    return both.index_select(0, chosen)  # whole images; torch.where would go byte by byte
 
 
 def _crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
     """Pads uint8 (B, H, W, C) with zeros and cuts (H, W) out at each image's (row, column)."""
     count, height, width, _ = images.shape
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    device = images.device
-    rows = shifts[:, 0, None] + torch.arange(height, device=device)
-    columns = shifts[:, 1, None] + torch.arange(width, device=device)
-    image = torch.arange(count, device=device)
-    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # Every window there is, as a view: (B, rows, columns, H, W, C).
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
+    return windows[torch.arange(count, device=images.device), shifts[:, 0], shifts[:, 1]]

@@ -75,6 +75,22 @@ def one_line(text: str) -> str:
     )
 
 
+def _of_another_process(error: RuntimeError) -> tuple[str, int]:
+    """What is said, and the exit status, where torch says that another process has ended.
+
+    Raises the error again if it is of anything else.
+    """
+    if str(error).startswith("DataLoader worker"):  # by whom it was killed it says
+        return f"error: {error}; fewer --workers, or 0, need less memory", 2
+    if distributed.is_initialized() and re.search("gloo|nccl", str(error), re.IGNORECASE):
+        return (
+            f"another process of this training has ended ({str(error).splitlines()[0]}); the same "
+            "command goes on from the last epoch that was saved",
+            1,
+        )
+    raise error
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Calls a script's main; ends bad input, diverged training and signals with one line."""
 
@@ -107,13 +123,6 @@ def run(main: Callable[[], int | None]) -> None:
         message = f"stopped by {signal.Signals(stopped.number).name}; {state}to continue: {again}"
         status = 128 + stopped.number
     except RuntimeError as error:
-        if not distributed.is_initialized() or not re.search("gloo|nccl", str(error), re.I):
-            raise
-        again = shlex.join(sys.argv)
-        message = (
-            f"another process of this training has ended ({str(error).splitlines()[0]}); the same "
-            f"command goes on from the last epoch that was saved: torchrun ... {again}"
-        )
-        status = 1
+        message, status = _of_another_process(error)
     print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

@@ -12,6 +12,7 @@ from utils import checkpoint, data_loader, distributed
 from utils.data_loader import Batch, ImageData, ordered_batches
 from utils.errors import InputError
 from utils.evaluate import fit_temperature
+from utils.image_files import AUTO, Streaming
 
 EVALUATION_BATCH = 1024
 
@@ -78,14 +79,16 @@ class Evaluated:
     warnings: list[str]  # what is to be said of the fit
 
 
-def evaluate_checkpoint(path: Path, data_dir: str | Path, device: torch.device) -> Evaluated:
+def evaluate_checkpoint(
+    path: Path, data_dir: str | Path, device: torch.device, streaming: Streaming = AUTO
+) -> Evaluated:
     """Loads a checkpoint and its data set, and shows the network its validation and test images.
 
     Raises InputError if the checkpoint is damaged, or the data set or its splits are others than
     those of the training.
     """
     trained = checkpoint.load(path, device)
-    data, splits = data_loader.reload(trained.data, data_dir, device)
+    data, splits = data_loader.reload(trained.data, data_dir, device, streaming)
     logits, labels = {}, {}
     held_out = ["validation", "test"] if trained.training["trained_on"] == "train" else ["test"]
     for name in held_out:

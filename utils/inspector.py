@@ -30,6 +30,7 @@ from torch import Tensor
 from utils import data_loader, tables
 from utils.checkpoint import write_text
 from utils.errors import InputError
+from utils.image_files import AUTO, Streaming
 from utils.inference import Evaluated
 from utils.losses import (
     cross_entropy_loss,
@@ -78,6 +79,7 @@ def inspect(
     data_dir: str | Path,
     device: torch.device,
     output: Path,
+    streaming: Streaming = AUTO,
 ) -> tuple[str, Drawing]:
     """A table in Markdown, and the figure; beside it the table is written as .csv and .md.
 
@@ -92,8 +94,8 @@ def inspect(
         raise InputError(
             f"--inspect {index}: the test split of {dataset} has the images 0 to {count - 1}"
         )
-    data, splits = data_loader.reload(teacher.data, data_dir, device)
-    image = data.images[splits.test[index]].cpu().numpy()
+    data, splits = data_loader.reload(teacher.data, data_dir, device, streaming)
+    (image,) = next(data.gather([splits.test[[index]]])).cpu().numpy()
     label = int(teacher.labels["test"][index])
     wanted = requests(teacher, index)
     said = teacher.logits["test"][index].double().softmax(0)

@@ -151,10 +151,12 @@ def train_method(
 ) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
     args = arguments.settle(args, method, args.dataset, args.model)
+    arguments.check_streaming(args, {args.dataset})
     args.device = distributed.start(args.device)
-    data = data_loader.load(args.dataset, args.data_dir, args.image_size)
+    data = data_loader.load(
+        args.dataset, args.data_dir, args.image_size, args.device, arguments.streaming(args)
+    )
     arguments.check_classes(args, data.classes)
-    data = data.to(args.device)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
         protocol, tr_size = args.protocol, args.tr_size
