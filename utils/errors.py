@@ -4,10 +4,14 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import distributed
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class InputError(ValueError):
@@ -49,7 +53,7 @@ class StopRequest:
         self.number = number
 
     def __enter__(self) -> "StopRequest":
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {n: signal.signal(n, self._note) for n in STOPPING}
         return self
 
     def __exit__(self, exception, *_) -> None:
@@ -62,8 +66,31 @@ class StopRequest:
             raise Stopped(self.number, saved=True)
 
 
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Within this context SIGINT and SIGTERM wait for its end.
+
+    Processes that are forked in it hold them back for ever: a terminal or a batch system sends them
+    to all, but it is for the parent to obey them, which may have something to save first.
+    """
+    noted: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPPING:  # the mask is of this thread alone, and another may take them
+            handlers[number] = signal.signal(number, lambda number, _: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if noted:
+            signal.raise_signal(noted[0])
+
+
 def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -108,7 +135,7 @@ def run(main: Callable[[], int | None]) -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = repeat
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, stop)
     try:
         sys.exit(main())

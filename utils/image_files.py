@@ -7,6 +7,7 @@ come next, while the network is busy.
 
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils.errors import InputError
+from utils.errors import InputError, signals_held_back
 
 # Pillow knows more, among them EPS, which it has Ghostscript run as a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -316,7 +317,7 @@ def in_workers(
         multiprocessing_context="fork",
         generator=torch.Generator(),  # without one of its own it draws from the global stream
     )
-    for answer in _start(loader):
+    for answer in _started(loader):
         if isinstance(answer, InputError):
             raise InputError(str(answer))  # a new one, as this one would keep the loader alive
         yield answer
@@ -330,32 +331,31 @@ class _Answers:
 
     def __getitem__(self, portion: list[int]) -> Any:
         try:
-            return self.function(portion)
+            answer = self.function(portion)
         except InputError as error:
             return error
+        if isinstance(answer, Tensor):
+            try:
+                answer.share_memory_()  # where torch does it by itself, nobody hears of an error
+            except RuntimeError as error:
+                return InputError(f"{error}; more of it, or fewer --workers, or 0, would do")
+        return answer
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-def _start(loader: DataLoader) -> Iterator:
-    """Starts the workers, with the signals blocked that a terminal or a batch system sends to a
-    whole group of processes: only this process, which may have something to save, obeys them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+def _started(loader: DataLoader) -> Iterator:
     try:
-        return iter(loader)
+        with signals_held_back():
+            return iter(loader)
     except OSError as error:
         raise InputError(
             f"cannot start {loader.num_workers} worker processes: {error}; fewer --workers, or 0, "
             "would do"
         ) from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(worker: int) -> None:
     """Has this worker end when its parent has ended, or says so by a SIGTERM."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
 
     def watch() -> None:
         sender = None
