@@ -123,7 +123,7 @@ def test_batches_are_those_of_images_in_memory(folder, workers, image_size):
             for data in (stream, memory)
         )
         for batch, same in zip(batches, expected, strict=True):
-            assert all(map(torch.equal, batch, same))
+            assert batch.count == same.count and all(map(torch.equal, batch[:4], same[:4]))
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -137,13 +137,13 @@ def test_epochs_are_those_of_images_in_memory(memory, stream, augmentation, firs
     )
     assert len(batches) == len(expected) == 2 - first
     for batch, same in zip(batches, expected, strict=True):
-        assert all(map(torch.equal, batch, same))
+        assert batch.count == same.count and all(map(torch.equal, batch[:4], same[:4]))
 
 
 def test_the_global_random_stream_is_left_alone(stream):
     """Dropout draws from it, so a training on streamed images would be another one."""
     state = torch.get_rng_state()
-    list(stream.gather(torch.arange(200), 100))
+    list(stream.gather(torch.arange(200).split(100)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -311,7 +311,7 @@ def test_an_image_that_is_damaged_later_ends_the_epoch_in_one_line(folder, tmp_p
     path.unlink()
     path.write_text("no image")
     with pytest.raises(InputError, match=r"0299\.png.*cannot identify image file") as caught:
-        list(data.gather(torch.arange(300), 50))
+        list(data.gather(torch.arange(300).split(50)))
     assert "\n" not in str(caught.value)
     assert multiprocessing.active_children() == []  # while the exception is still held
 
@@ -327,10 +327,10 @@ def test_unequal_sizes_are_found_before_anything_is_decoded(folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned: upright it is as the others are
     Image.new("RGB", (8, 9)).save(path, exif=exif)
-    assert list(load(images, "yes").gather(torch.arange(300), 100))[-1][-1].max() == 0
+    assert list(load(images, "yes").gather(torch.arange(300).split(100)))[-1][-1].max() == 0
     Image.new("RGB", (8, 9)).save(path)  # lies on its side, which the header need not say
     with pytest.raises(InputError, match=r"0299\.png' is 8x9; give --image_size N"):
-        list(load(images, "yes").gather(torch.arange(300), 100))
+        list(load(images, "yes").gather(torch.arange(300).split(100)))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_flags_that_do_nothing_are_refused_where_the_checkpoint_names_the_data(
 
 
 def test_workers_end_with_the_iterator(stream):
-    list(stream.gather(torch.arange(300), 100))
+    list(stream.gather(torch.arange(300).split(100)))
     assert multiprocessing.active_children() == []
     batches = data_loader.shuffled_batches(
         stream, torch.arange(300), 20, AUGMENTATIONS["none"], seed=0, epoch=0
