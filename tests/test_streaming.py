@@ -123,7 +123,8 @@ def test_batches_are_those_of_images_in_memory(folder, workers, image_size):
             for data in (stream, memory)
         )
         for batch, same in zip(batches, expected, strict=True):
-            assert batch.count == same.count and all(map(torch.equal, batch[:4], same[:4]))
+            assert batch.count == same.count
+            assert all(map(torch.equal, batch[:4], same[:4]))
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -137,7 +138,8 @@ def test_epochs_are_those_of_images_in_memory(memory, stream, augmentation, firs
     )
     assert len(batches) == len(expected) == 2 - first
     for batch, same in zip(batches, expected, strict=True):
-        assert batch.count == same.count and all(map(torch.equal, batch[:4], same[:4]))
+        assert batch.count == same.count
+        assert all(map(torch.equal, batch[:4], same[:4]))
 
 
 def test_the_global_random_stream_is_left_alone(stream):
