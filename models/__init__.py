@@ -9,6 +9,7 @@ from torch import nn
 from models import from_timm
 from models.classifier import ImageClassifier
 from models.densenet import densenet, densenet100bc
+from models.feed_forward import feed_forward
 from models.from_timm import normalisation as pretrained_normalisation
 from models.inceptionv4 import inceptionv4
 from models.lenet import lenet
@@ -53,6 +54,7 @@ MODELS: dict[str, Network] = {
     "vgg16": Network(vgg16, smallest_image=32),
     "lenet": Network(lenet, smallest_image=28),
     "simple_dense": Network(simple_dense, smallest_image=1),
+    "feed_forward": Network(feed_forward, smallest_image=1),
     "shallownet": Network(shallownet),
 }
 

@@ -65,7 +65,8 @@ class ImageClassifier(nn.Module):
 
         Args:
             images: (N, channels, height, width), uint8 or float, pixel values in 0..255 either way
-                (float images in [0, 1] would pass for nearly black ones). Their memory format,
+                (float images in [0, 1] would pass for nearly black ones); or float features of
+                any range, whose `mean` and `std` are divided by 255 too. Their memory format,
                 contiguous or channels last, is that in which they enter the network.
 
         Returns:

@@ -497,6 +497,8 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
     augment = args.augment
     if augment == "auto":
         augment = PARAMS["augmentation"].get(dataset, "none")
+    if dataset == "gaussians" and augment != "none":
+        raise InputError(f"--augment {augment} given, but gaussians are points; none expected")
     estop, keeps_last = args.estop, protocol == "lr"
     if estop is None:
         estop = 0 if keeps_last else PARAMS[args.defaults]["estop"]

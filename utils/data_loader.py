@@ -26,6 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils import gaussians
 from utils.distributed import WHOLE, Shard
 from utils.errors import InputError
 from utils.image_files import AUTO, CPU, ImageFiles, Streaming, available_memory, find_images
@@ -37,7 +38,8 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 class ImageData:
     """A data set: the official training images first, the official test images behind them.
 
-    images: uint8 (N, H, W, C); the layout in which a batch is channels-last without a copy.
+    images: uint8 (N, H, W, C); the layout in which a batch is channels-last without a copy. Points
+        of the plane are float32 "images" of one pixel with a channel for each coordinate.
     labels: int64 (N,), each in [0, len(classes)).
     files_digest: of a folder of images, whether or not it is in memory, what identifies its files.
     """
@@ -95,6 +97,17 @@ def _digits(data_dir: Path):
         (images[test], digits.target[test]),
         [str(digit) for digit in digits.target_names],
     )
+
+
+def _gaussians(data_dir: Path, image_size: int | None):
+    if image_size:
+        raise InputError(
+            f"--image_size {image_size} given, but gaussians are points, which have no size; leave "
+            "the flag out"
+        )
+    points, labels = gaussians.sample(gaussians.TRAINING_POINTS + gaussians.TEST_POINTS)
+    images, count = points[:, None, None, :], gaussians.TRAINING_POINTS
+    return (images[:count], labels[:count]), (images[count:], labels[count:]), gaussians.CLASSES
 
 
 def _torchvision(class_name: str, **split_argument):
@@ -206,6 +219,7 @@ READERS: dict[str, Callable] = {
     "cifar100": _torchvision("CIFAR100", train=(True, False)),
     "svhn": _torchvision("SVHN", split=("train", "test")),
     "imagefolder": _imagefolder,
+    "gaussians": _gaussians,
 }
 
 
@@ -291,7 +305,7 @@ PROTOCOLS = ("ils", "lr")
 
 # What random numbers are drawn for. Each has streams of its own, so that none depends on how many
 # numbers another has drawn.
-PURPOSES = {"split": 0, "order": 1, "pool": 2, "dropout": 3}
+PURPOSES = {"split": 0, "order": 1, "pool": 2, "dropout": 3, "statistics": 4}
 
 
 def generator(seed: int, *purpose: int) -> torch.Generator:
@@ -382,11 +396,15 @@ def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], lis
     """Mean and standard deviation of each channel over the given images, pixels in [0, 1].
 
     Of a folder of more than STATISTICS_IMAGES images, in memory or not, over so many of them, the
-    same ones each time.
+    same ones each time. Float features are divided by 255 like pixels, so that a network need not
+    know which it gets.
     """
     if data.files_digest and len(indices) > STATISTICS_IMAGES:
-        drawn = torch.randperm(len(indices), generator=generator(0, 2))[:STATISTICS_IMAGES]
-        indices = indices[drawn]
+        stream = generator(0, PURPOSES["statistics"])
+        indices = indices[torch.randperm(len(indices), generator=stream)[:STATISTICS_IMAGES]]
+    if data.images.dtype.is_floating_point:
+        features = data.images[indices.to(data.images.device)].cpu().double().flatten(0, 2) / 255
+        return features.mean(0).tolist(), features.std(0, correction=0).tolist()
     counts = torch.zeros(data.images.shape[-1], 256, dtype=torch.int64)
     for images in data.gather(indices.split(512)):
         pixels = images.flatten(0, 2)
@@ -421,8 +439,8 @@ AUGMENTATIONS = {
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, C, H, W), channels-last in memory. labels: int64 (B,). indices: int64 (B,),
-    the images' positions in the data set. flipped: bool (B,). All on the data's device.
+    """images: as ImageData has them, but (B, C, H, W), channels-last in memory. labels: int64 (B,).
+    indices: int64 (B,), the positions in the data set. flipped: bool (B,). All on its device.
 
     count: images of the whole batch, of which this may be one process's share.
     """

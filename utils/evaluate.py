@@ -1,4 +1,5 @@
-"""How good and how sure is a network? Every metric here is a pure function of (logits, labels).
+"""How good and how sure is a network? Every metric here is a pure function of (logits, labels),
+or of (logits, posterior) where the true probabilities are known.
 
     >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 1.5]])
     >>> labels = torch.tensor([0, 1, 1])
@@ -207,8 +208,7 @@ def calibrated_ece_by_chance(
     _check_integer("draws", draws, least=1)
     _check_integer("seed", seed, least=0)
     edges = _edges(bins)
-    logits = _checked_logits(logits)
-    confidence, _ = _top_label(logits, torch.zeros(len(logits), dtype=torch.int64))
+    confidence, _ = _top_label(logits, _no_labels(logits))
     index = _bin_index(confidence, edges)
     expected = torch.bincount(index, confidence, minlength=bins)
     generator = torch.Generator().manual_seed(int(seed))
@@ -218,6 +218,46 @@ def calibrated_ece_by_chance(
         hits = torch.bincount(index[uniform < confidence], minlength=bins)
         total += float((hits - expected).abs().sum())
     return total / (draws * len(confidence))
+
+
+# ------------------------------------------------------------------------------ against the truth
+
+
+def true_calibration_error(logits: Array, posterior: Array, bins: int = 10) -> float:
+    """sum_B |B|/N |mean over B of P(y = prediction | x) - conf(B)|; in [0, 1], 0 is best.
+
+    `posterior`: the true probabilities P(y = k | x), (N, K), which only synthetic data has. It is
+    the ECE with each hit or miss replaced by its probability, so that the chance of the labels,
+    which makes an ECE positive, is gone. Like an ECE it asks whether confidence is deserved on
+    average over all images of about this confidence: E |P(correct | c) - c|, the true calibration
+    error of Roelofs et al., Mitigating Bias in Calibration Error Estimation, AISTATS 2022.
+    """
+    return _ece(_calibration_bins(*_top_label_truth(logits, posterior), _edges(bins)))
+
+
+def pointwise_calibration_error(logits: Array, posterior: Array) -> float:
+    """mean |P(y = prediction | x) - c|: is confidence deserved for each image? In [0, 1].
+
+    `posterior` as in `true_calibration_error`, which this is never below: over- and
+    underconfidence at equal confidence do not cancel. 0 is best.
+    """
+    confidence, truth = _top_label_truth(logits, posterior)
+    return float((truth - confidence).abs().mean())
+
+
+def divergence_from_truth(logits: Array, posterior: Array) -> float:
+    """mean KL(P(. | x) || p), natural log; in [0, inf), and 0 only for p = P(. | x).
+
+    `posterior` as in `true_calibration_error`. It is the expected log loss less the least possible
+    one, which the true probabilities have.
+    """
+    posterior = _checked_posterior(posterior, logits)
+    total = 0.0
+    for rows, z, _, _ in _chunks(logits, _no_labels(logits)):
+        log_p = z - z.exp().sum(1, keepdim=True).log()
+        truth = posterior[rows]
+        total += float((torch.xlogy(truth, truth) - truth * log_p).sum())
+    return max(0.0, total / len(logits))  # rounding may leave -1e-17
 
 
 # ------------------------------------------------------------------------------ both
@@ -347,6 +387,27 @@ def _checked_labels(labels: Array, rows: int, classes: int) -> Tensor:
     return labels
 
 
+def _checked_posterior(posterior: Array, logits: Array) -> Tensor:
+    posterior, shape = (
+        _tensor("posterior", posterior).double(),
+        tuple(_checked_logits(logits).shape),
+    )
+    if posterior.shape != shape:
+        raise ValueError(
+            f"posterior must have the shape of the logits, {shape}, got {tuple(posterior.shape)}"
+        )
+    off = (posterior.sum(1) - 1).abs() > 1e-6
+    bad = (off | (posterior < 0).any(1) | ~posterior.isfinite().all(1)).nonzero()
+    if len(bad):
+        raise ValueError(f"posterior must hold probabilities, and row {int(bad[0])} does not")
+    return posterior
+
+
+def _no_labels(logits: Array) -> Tensor:
+    """For what looks at predictions alone."""
+    return torch.zeros(len(_checked_logits(logits)), dtype=torch.int64)
+
+
 def _chunks(logits: Array, labels: Array) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Check the arguments and yield them a few rows at a time, as (rows, z, y, correct):
 
@@ -422,6 +483,14 @@ def _top_label(logits: Array, labels: Array) -> tuple[Tensor, Tensor]:
     for rows, z, _, right in _chunks(logits, labels):
         confidence[rows], correct[rows] = 1 / z.exp_().sum(1), right
     return confidence, correct
+
+
+def _top_label_truth(logits: Array, posterior: Array) -> tuple[Tensor, Tensor]:
+    """Confidence and true probability of the prediction, each (N,), float64."""
+    posterior = _checked_posterior(posterior, logits)
+    confidence, _ = _top_label(logits, _no_labels(logits))
+    prediction = torch.cat([z.max(1).indices for _, z, _, _ in _chunks(logits, _no_labels(logits))])
+    return confidence, posterior.gather(1, prediction[:, None]).squeeze(1)
 
 
 def _edges(bins: int) -> Tensor:
