@@ -1,5 +1,6 @@
 """The feed-forward network of the ILS paper's appendix, for points of the plane."""
 
+from itertools import pairwise
 from math import prod
 
 from torch import nn
@@ -16,7 +17,7 @@ def feed_forward(input_shape: tuple[int, int, int], num_classes: int) -> nn.Modu
     """
     sizes = [prod(input_shape), 64, 64, 64, 64, 64, num_classes]
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         nn.init.xavier_uniform_(layers[-2].weight)
         nn.init.zeros_(layers[-2].bias)

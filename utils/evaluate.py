@@ -388,10 +388,8 @@ def _checked_labels(labels: Array, rows: int, classes: int) -> Tensor:
 
 
 def _checked_posterior(posterior: Array, logits: Array) -> Tensor:
-    posterior, shape = (
-        _tensor("posterior", posterior).double(),
-        tuple(_checked_logits(logits).shape),
-    )
+    posterior = _tensor("posterior", posterior).double()
+    shape = tuple(_checked_logits(logits).shape)
     if posterior.shape != shape:
         raise ValueError(
             f"posterior must have the shape of the logits, {shape}, got {tuple(posterior.shape)}"

@@ -40,9 +40,9 @@ def sample(count: int, stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def posterior(points: np.ndarray | Tensor) -> Tensor:
-    """P(class | x), (N, 3) float64, of points (N, 2): Bayes' rule with equally likely classes."""
+    """P(class | x), (..., 3) float64, of points (..., 2): Bayes' rule, classes alike."""
     x = torch.as_tensor(points, dtype=torch.float64)
-    distance = (x[:, None, None, :] - torch.from_numpy(CENTRES)).square().sum(3)
+    distance = (x[..., None, None, :] - torch.from_numpy(CENTRES)).square().sum(-1)
     weights, widths = torch.from_numpy(WEIGHTS), torch.from_numpy(WIDTHS)
     log_density = (weights / (2 * math.pi * widths**2)).log() - distance / (2 * widths**2)
-    return log_density.logsumexp(2).softmax(1)
+    return log_density.logsumexp(-1).softmax(-1)

@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from utils import data_loader, tables
+from utils import data_loader, synthetic, tables
 from utils.checkpoint import write_text
 from utils.errors import InputError
 from utils.image_files import AUTO, Streaming
@@ -332,10 +332,14 @@ def draw(
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.03)
     grid = figure.add_gridspec(2, columns + 1, width_ratios=[1.1] + [1] * columns)
     picture = figure.add_subplot(grid[0, 0])
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    picture.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    picture.set(xticks=[], yticks=[])
-    picture.spines[:].set_visible(False)
+    if image.dtype == np.uint8:
+        pixels = image[..., 0] if image.shape[-1] == 1 else image
+        picture.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        picture.set(xticks=[], yticks=[])
+        picture.spines[:].set_visible(False)
+    else:  # a point of the plane
+        synthetic.draw_regions(picture)
+        picture.plot(*image.flatten(), "*", color="black", markersize=8, markeredgecolor="white")
     picture.set_title(textwrap.fill(heading[0].upper() + heading[1:], 20))
 
     now = figure.add_subplot(grid[1, 0])

@@ -18,6 +18,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from utils.errors import DivergedError
 from utils.losses import cross_entropy_loss
 
+POINTS_AT_ONCE = 2**16
+
 
 class Samples(NamedTuple):
     """What R networks are shown: images (R, N, C, H, W) float, labels (R, N) int64."""
@@ -47,6 +49,11 @@ class Replicas(NamedTuple):
             return functional_call(self.architecture, (parameters, buffers), (images,))
 
         return vmap(one, chunk_size=at_once)(self.parameters, self.buffers, images)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The logits, of so few networks at once that the memory needed stays small."""
+        return self.logits(images, max(1, POINTS_AT_ONCE // images.shape[1]))
 
     def of(self, rows: Tensor) -> "Replicas":
         parameters = {name: p.detach()[rows] for name, p in self.parameters.items()}
@@ -156,10 +163,9 @@ def train(
     return Trained(best, best_loss, best_epoch, [candidate.hyper_parameters] * count)
 
 
-@torch.no_grad()
 def log_losses(networks: Replicas, samples: Samples) -> Tensor:
     """(R,): each network's mean cross-entropy on its samples."""
-    logits = networks.logits(samples.images).flatten(0, 1)
+    logits = networks.predict(samples.images).flatten(0, 1)
     losses = cross_entropy_loss(logits, samples.labels.flatten(), reduction="none")
     return losses.unflatten(0, samples.labels.shape).mean(1)
 
