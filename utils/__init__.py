@@ -8,6 +8,10 @@ teacher      which network teaches, and where is it?
 checkpoint   what is on disk?
 inference    what does a network say of a split?
 evaluate     how good and how sure?
+gaussians    where is the truth known?
+replicas     how are many small networks trained at once?
+synthetic    what does the study with a known truth measure?
+smoothing_curves  how much should be smoothed, given what the teacher says?
 comparison   which differences mean something, and did anything leak?
 tables       how are the results of many runs read side by side?
 plots        what do they look like?

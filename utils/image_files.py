@@ -184,6 +184,7 @@ class ImageFiles:
     image_size: int | None = None
     workers: int | None = None
     device: torch.device = CPU
+    dtype = torch.uint8
 
     def __len__(self) -> int:
         return len(self.paths)
