@@ -226,7 +226,7 @@ def draw(curves: dict[str, pd.DataFrame], fits: dict[str, dict[str, float]]) -> 
         reconstructed = np.minimum(slope * (q - shift) ** 2, cap)
         axes.plot(q, reconstructed, color="black", linewidth=1.6, label="ILS1, reconstructed")
         axes.set(title=title, xlabel="Teacher's probability of the true class", xlim=(0, 1))
-        axes.set_ylim(-0.02, 1)
+        axes.set(ylim=(-0.02, 1.3), yticks=np.arange(6) / 5)  # with room for the legend
     panels[0].set_ylabel("Smoothing factor")
     for name, curve in curves.items():
         axes = panels[0] if name.endswith("points") else panels[1]
