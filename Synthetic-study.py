@@ -15,7 +15,7 @@ lowest validation log loss; the vanilla networks have nothing to choose. All dat
 at once on the CPU. What came of it: docs/synthetic.md.
 
 CPU, 15 minutes:  python Synthetic-study.py
-CPU, a minute:    python Synthetic-study.py --replicas 10 --curve_bins 0
+CPU, 2 minutes:   python Synthetic-study.py --replicas 10 --curve_bins 0
 """
 
 import itertools
