@@ -99,12 +99,7 @@ def _digits(data_dir: Path):
     )
 
 
-def _gaussians(data_dir: Path, image_size: int | None):
-    if image_size:
-        raise InputError(
-            f"--image_size {image_size} given, but gaussians are points, which have no size; leave "
-            "the flag out"
-        )
+def _gaussians(data_dir: Path):
     points, labels = gaussians.sample(gaussians.TRAINING_POINTS + gaussians.TEST_POINTS)
     images, count = points[:, None, None, :], gaussians.TRAINING_POINTS
     return (images[:count], labels[:count]), (images[count:], labels[count:]), gaussians.CLASSES
@@ -260,6 +255,11 @@ def _tensor(images: np.ndarray, image_size: int | None) -> Tensor:
     tensor = torch.from_numpy(images)
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(-1)
+    if image_size and tensor.dtype.is_floating_point:
+        raise InputError(
+            f"--image_size {image_size} given, but these are points, which have no size; leave the "
+            "flag out"
+        )
     if image_size and tensor.shape[1:3] != (image_size, image_size):
         tensor = _resize(tensor, image_size)
     return tensor.contiguous()
@@ -403,7 +403,7 @@ def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], lis
         stream = generator(0, PURPOSES["statistics"])
         indices = indices[torch.randperm(len(indices), generator=stream)[:STATISTICS_IMAGES]]
     if data.images.dtype.is_floating_point:
-        features = data.images[indices.to(data.images.device)].cpu().double().flatten(0, 2) / 255
+        (features,) = (part.cpu().double().flatten(0, 2) / 255 for part in data.gather([indices]))
         return features.mean(0).tolist(), features.std(0, correction=0).tolist()
     counts = torch.zeros(data.images.shape[-1], 256, dtype=torch.int64)
     for images in data.gather(indices.split(512)):
