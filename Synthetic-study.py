@@ -88,7 +88,8 @@ def main() -> None:
     args = parse_arguments()
     folder = Path(args.output_dir)
     data = synthetic.draw(args.replicas, args.seed)
-    settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    aside = ("output_dir", "given")
+    settings = {name: value for name, value in vars(args).items() if name not in aside}
     made_by = checkpoint.environment(torch.device("cpu"))
     checkpoint.write_json(folder / "config.json", {"settings": settings, "environment": made_by})
     synthetic.data_figure(data.training, folder)
