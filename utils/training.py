@@ -405,7 +405,7 @@ def fit(
         "temperature_fitted_on": "validation",
     }
     loss_function = make_loss(trial, **hyper_parameters)
-    torch.manual_seed(trial.seed)  # initial weights and dropout: the same for every method
+    torch.manual_seed(trial.seed)  # initial weights: the same for every method
     model = _new_model(trial)
     optimizer = _new_optimizer(model, recipe)
     schedule = _new_schedule(optimizer, recipe)
