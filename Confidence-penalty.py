@@ -11,7 +11,7 @@ search:  python Confidence-penalty.py --beta 0.1 0.3 0.5 1 2 4 8
 from utils.arguments import add_hyper_parameter, non_negative_float, training_parser
 from utils.errors import run
 from utils.losses import confidence_penalty_loss
-from utils.training import train_method
+from utils.training import Method, train_method
 
 
 def make_loss(trial, beta):
@@ -21,7 +21,7 @@ def make_loss(trial, beta):
     return loss
 
 
-def main() -> None:
+def method(*given) -> Method:
     parser = training_parser(__doc__)
     add_hyper_parameter(
         parser,
@@ -30,8 +30,8 @@ def main() -> None:
         0.1,
         "weight β >= 0 of the entropy that is rewarded, per nat; 0 is off",
     )
-    train_method("confidence-penalty", parser.parse_args(), make_loss)
+    return Method("confidence-penalty", parser.parse_args(*given), make_loss)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train_method(*method()))

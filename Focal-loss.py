@@ -10,7 +10,7 @@ search:  python Focal-loss.py --gamma 0.1 0.2 0.5 1 2 3.5 5
 from utils.arguments import add_hyper_parameter, non_negative_float, training_parser
 from utils.errors import run
 from utils.losses import focal_loss
-from utils.training import train_method
+from utils.training import Method, train_method
 
 
 def make_loss(trial, gamma):
@@ -20,7 +20,7 @@ def make_loss(trial, gamma):
     return loss
 
 
-def main() -> None:
+def method(*given) -> Method:
     parser = training_parser(__doc__)
     add_hyper_parameter(
         parser,
@@ -29,8 +29,8 @@ def main() -> None:
         1.0,
         "focusing exponent γ >= 0, how much less the easy images count; 0 is off",
     )
-    train_method("focal", parser.parse_args(), make_loss)
+    return Method("focal", parser.parse_args(*given), make_loss)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train_method(*method()))

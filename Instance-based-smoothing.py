@@ -35,7 +35,7 @@ from utils.errors import run
 from utils.inference import collect_logits
 from utils.losses import FACTORS, VARIANTS, class_average_logits, instance_based_smoothing_loss
 from utils.teacher import find_or_train_teacher
-from utils.training import train_method
+from utils.training import Method, train_method
 
 
 def make_loss(trial, variant, **hyper_parameters):
@@ -68,7 +68,7 @@ def hyper_parameters_of(variant: str, factor: str) -> tuple[str, ...]:
     return ("variant", "smoothing", *(("temperature",) if variant != "scores" else ()))
 
 
-def main() -> None:
+def method(*given) -> Method:
     parser = training_parser(__doc__)
     add = parser.add_argument
     add(
@@ -111,7 +111,7 @@ def main() -> None:
     add_hyper_parameter(parser, "--shift", number(float, 0, 1), 0.8, "P1, a probability")
     add_hyper_parameter(parser, "--slope", non_negative_float, 2.0, "P2 >= 0; 0 is off")
     add_hyper_parameter(parser, "--cap", share, 0.2, "largest ε_i of the quadratic, in [0, 1)")
-    args = parser.parse_args()
+    args = parser.parse_args(*given)
 
     used = hyper_parameters_of(args.variant, args.factor)
     for name in ("factor", "smoothing", "temperature", "shift", "slope", "cap"):
@@ -120,10 +120,10 @@ def main() -> None:
                 f"--{name} does nothing with --variant {args.variant} --factor {args.factor}, "
                 f"which reads {', '.join('--' + other for other in used)}"
             )
-    method = f"instance-based-{args.variant}"
+    name = f"instance-based-{args.variant}"
     args.hyper_parameters, args.variant, args.factor = used, [args.variant], [args.factor]
-    train_method(method, args, make_loss, find_or_train_teacher)
+    return Method(name, args, make_loss, find_or_train_teacher)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train_method(*method()))

@@ -11,7 +11,7 @@ search:  python Label-relaxation.py --alpha 0.01 0.025 0.05 0.1 0.2 0.3 0.4
 from utils.arguments import add_hyper_parameter, number, training_parser
 from utils.errors import run
 from utils.losses import label_relaxation_loss
-from utils.training import train_method
+from utils.training import Method, train_method
 
 
 def make_loss(trial, alpha):
@@ -21,7 +21,7 @@ def make_loss(trial, alpha):
     return loss
 
 
-def main() -> None:
+def method(*given) -> Method:
     parser = training_parser(__doc__)
     add_hyper_parameter(
         parser,
@@ -31,8 +31,8 @@ def main() -> None:
         "imprecisiation degree α in (0, 1), the probability that may go to wrong classes at no "
         "loss; towards 0 it is cross-entropy (off)",
     )
-    train_method("label-relaxation", parser.parse_args(), make_loss)
+    return Method("label-relaxation", parser.parse_args(*given), make_loss)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train_method(*method()))

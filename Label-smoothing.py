@@ -10,7 +10,7 @@ search:  python Label-smoothing.py --smoothing 0.01 0.05 0.1
 from utils.arguments import add_hyper_parameter, number, training_parser
 from utils.errors import run
 from utils.losses import label_smoothing_loss
-from utils.training import train_method
+from utils.training import Method, train_method
 
 
 def make_loss(trial, smoothing):
@@ -20,7 +20,7 @@ def make_loss(trial, smoothing):
     return loss
 
 
-def main() -> None:
+def method(*given) -> Method:
     parser = training_parser(__doc__)
     add_hyper_parameter(
         parser,
@@ -29,8 +29,8 @@ def main() -> None:
         0.1,
         "smoothing factor ε in [0, 1], the share of the target spread over all classes; 0 is off",
     )
-    train_method("label-smoothing", parser.parse_args(), make_loss)
+    return Method("label-smoothing", parser.parse_args(*given), make_loss)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train_method(*method()))

@@ -9,13 +9,13 @@ CPU:  python Vanilla-cross-entropy.py --dataset fashionmnist --model shallownet 
 from utils.arguments import training_parser
 from utils.errors import run
 from utils.teacher import VANILLA, make_cross_entropy
-from utils.training import train_method
+from utils.training import Method, train_method
 
 
-def main() -> None:
+def method(*given) -> Method:
     parser = training_parser(__doc__)
-    train_method(VANILLA, parser.parse_args(), make_cross_entropy)
+    return Method(VANILLA, parser.parse_args(*given), make_cross_entropy)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train_method(*method()))

@@ -90,6 +90,10 @@ def non_negative_float(text: str) -> float:
     return number(float, 0, float("inf"))(text)
 
 
+def seed(text: str) -> int:
+    return number(int, 0, 10**9)(text)
+
+
 def one_of(names: list[str] | tuple[str, ...]) -> Callable:
     """A type for argparse: one of the names; the error suggests the nearest."""
 
@@ -135,8 +139,11 @@ def device(text: str) -> torch.device:
 # ------------------------------------------------------------------------------------ shared flags
 
 
-def training_parser(description: str, defaults: str = "training") -> Parser:
-    """The flags of everything that trains. defaults: an entry of params.json."""
+def training_parser(description: str, defaults: str = "training", study: bool = False) -> Parser:
+    """The flags of everything that trains. defaults: an entry of params.json.
+
+    study: without --seed, --trials and --overwrite, which a study of many runs has no use for.
+    """
     parser = Parser(description)
     recipe = PARAMS[defaults]
     if defaults == "training":
@@ -255,16 +262,17 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
 
     group = parser.add_argument_group("runs and files")
     add = group.add_argument
-    add(
-        "--seed",
-        type=number(int, 0, 10**9),
-        default=0 if defaults == "training" else None,
-        metavar="N",
-        help="of the split, the initial weights, the order of the images and the "
-        "augmentation; the same for all methods, so that their runs are paired (default: "
-        + ("%(default)s)" if defaults == "training" else "the teacher's)"),
-    )
-    if defaults == "training":
+    if not study:
+        add(
+            "--seed",
+            type=seed,
+            default=0 if defaults == "training" else None,
+            metavar="N",
+            help="of the split, the initial weights, the order of the images and the "
+            "augmentation; the same for all methods, so that their runs are paired (default: "
+            + ("%(default)s)" if defaults == "training" else "the teacher's)"),
+        )
+    if defaults == "training" and not study:
         add(
             "--trials",
             type=positive_int,
@@ -286,12 +294,13 @@ def training_parser(description: str, defaults: str = "training") -> Parser:
         metavar="DIR",
         help="a run is left in DIR/<dataset>/<model>/<method>/seed<N> (default: %(default)s)",
     )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="start anew where DIR holds a run already; off: an unfinished run is continued, a "
-        "finished one reported",
-    )
+    if not study:
+        add(
+            "--overwrite",
+            action="store_true",
+            help="start anew where DIR holds a run already; off: an unfinished run is continued, a "
+            "finished one reported",
+        )
     add(
         "--save_every",
         type=non_negative_float,

@@ -62,7 +62,7 @@ class StopRequest:
         else:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
-        if self.number and exception is None:
+        if self.number and exception in (None, GeneratorExit):  # the latter: the loop was left
             raise Stopped(self.number, saved=True)
 
 

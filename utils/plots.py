@@ -461,6 +461,20 @@ def training_curves(methods: list[Method], histories: dict[Path, pd.DataFrame]) 
     return figure
 
 
+@mpl.rc_context(STYLE)
+def training_curve(history: Path) -> Figure:
+    """The same panels for one training. history: its history.csv."""
+    table = pd.read_csv(history)
+    figure = Figure(figsize=(PAGE, 4.1), layout="constrained")
+    for axes, (column, words) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        factor = 100 if column.endswith("accuracy") else 1
+        axes.plot(table["epoch"], factor * table[column])
+        axes.set_ylabel(words)
+        axes.set_xlabel("Epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
 # ------------------------------------------------------------------------------ t-SNE
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -141,6 +142,19 @@ class Trial:
 
 
 # -------------------------------------------------------------------- methods, seeds, combinations
+
+
+class Method(NamedTuple):
+    """What a training script says of itself.
+
+    Each has a function `method(*given)` that returns this; given are the arguments of argparse's
+    parse_args, none for the command line.
+    """
+
+    name: str
+    args: argparse.Namespace
+    make_loss: Callable[..., LossFunction]
+    find_teacher: Callable | None = None
 
 
 def train_method(
@@ -304,6 +318,10 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
     if trial.recipe["protocol"] == "ils":
         for file in ("history.csv", "last.pt", "best.pt"):
             checkpoint.copy_file(place / name / file, folder / file)
+        # Seeds of one search may select differently, and are averaged all the same.
+        best = folder / "best.pt"
+        training = {**checkpoint.read_tensors(best)["training"], "requested": requested}
+        checkpoint.update(best, training=training)
         return
     for file in ("history.csv", "best.pt"):
         checkpoint.copy_file(place / name / file, folder / "selection" / file)
@@ -616,6 +634,38 @@ def _new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
     shares = [max(1, round(share * epochs)) for share in (0.3, 0.6, 0.9)]
     falls = (recipe["milestones"] or shares) if recipe["schedule"] == "steps" else []
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, recipe["fall"])
+
+
+def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple:
+    """What a training will take, by a few steps of one. Nothing is written.
+
+    Returns the seconds of a step and of a validation, the steps of an epoch, and the bytes of
+    best.pt and of last.pt.
+    """
+    torch.manual_seed(trial.seed)
+    model = _new_model(trial)
+    optimizer = _new_optimizer(model, trial.recipe)
+    network, times = trial.compiled(model), []
+    progress = Progress()
+    while len(times) <= steps:
+        for batch in _with_bar(trial, progress):
+            with trial.autocast():
+                logits = network(batch.images)
+            optimizer.zero_grad(set_to_none=True)
+            loss_function(logits, batch)["loss"].backward()
+            optimizer.step()
+            if trial.device.type == "cuda":
+                torch.cuda.synchronize(trial.device)
+            times.append(time.monotonic())
+            if len(times) > steps:
+                break
+    step = (times[-1] - times[0]) / (len(times) - 1)  # without the first, which warms up
+    started = time.monotonic()
+    _validate(trial, model, {})
+    seconds = time.monotonic() - started
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    memory = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    return step, seconds, _steps(trial), weights, weights + memory
 
 
 # ------------------------------------------------------------------------------- stopping, resuming

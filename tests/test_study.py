@@ -1,0 +1,428 @@
+"""Studies through the real command line: shared, killed, stopped, diverged; PostgreSQL, MLflow."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+from conftest import ROOT, same_bits, start
+from optuna.trial import TrialState
+
+from utils import study
+from utils.methods import Range
+
+SCRIPT = "Hyperparameter-study.py"
+SMALL = ("--dataset", "digits", "--model", "simple_dense", "--batch_size", 256, "--heartbeat", 2)
+# Every kind of search: without a choice, with a grid, with a teacher.
+METHODS = ("label-smoothing --smoothing 0.01 0.1 0.3", "instance-based --smoothing 0.1 0.2")
+METHODS = ("--methods", METHODS[0], METHODS[1] + " --temperature 2")
+TABLES = "evaluation/digits/simple_dense"
+
+# A loss of a user's own: at scale 1e38 its gradient is infinite.
+OWN = """
+from utils.arguments import add_hyper_parameter, positive_float, training_parser
+from utils.losses import cross_entropy_loss
+from utils.training import Method
+
+
+def make_loss(trial, scale):
+    def loss(logits, batch):
+        return {"loss": scale * cross_entropy_loss(logits, batch.labels)}
+
+    return loss
+
+
+def method(*given):
+    parser = training_parser("")
+    add_hyper_parameter(parser, "--scale", positive_float, 1.0, "of the loss")
+    return Method("scaled", parser.parse_args(*given), make_loss)
+"""
+
+
+def missing(what: str) -> None:
+    """CI installs what is needed, and must not pass without it."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def free_port() -> int:
+    with socket.socket() as connection:
+        connection.bind(("127.0.0.1", 0))
+        return connection.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def postgresql():
+    """A PostgreSQL server of its own on a free port of this machine; gives its address."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        missing("no PostgreSQL server: apt-get install postgresql")
+    folder, port = Path(tempfile.mkdtemp(prefix="postgresql-")), free_port()
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # refuses to be root
+    if user:
+        shutil.chown(folder, "postgres")
+
+    def call(program: str, *arguments) -> None:
+        command = [*user, programs[-1] / program, "--pgdata", folder / "data", *arguments]
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+
+    call("initdb", "--auth", "trust", "--username", "study", "--no-sync")
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    call("pg_ctl", "--wait", "--log", folder / "log", "--options", options, "start")
+    try:
+        yield f"postgresql://study@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "--wait", "--mode", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """Runs the study in this process, as importing torch takes longer than a small study."""
+
+    def call(*arguments, status: int = 0) -> str:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        hook, path = sys.unraisablehook, sys.path[:]
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            sys.unraisablehook, sys.path[:] = hook, path
+        out, err = capfd.readouterr()
+        assert (ended.value.code or 0) == status, out + err
+        return out + err
+
+    return call
+
+
+@pytest.fixture
+def without_tables(monkeypatch):
+    """For what is told of trainings: an evaluation takes longer than they do."""
+    monkeypatch.setattr(study, "write_tables", lambda *_: None)
+
+
+def trials(address: str | Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """Of each Optuna study in the storage, by its name."""
+    if isinstance(address, Path):
+        address = f"sqlite:///{address}"
+    storage = optuna.storages.RDBStorage(address.replace("postgresql:", "postgresql+psycopg2:"))
+    found = optuna.get_all_study_names(storage)
+    return {name: optuna.load_study(study_name=name, storage=storage).trials for name in found}
+
+
+def check_ended_once(address: str, planned: dict[str, int]) -> None:
+    for name, found in trials(address).items():
+        ended = [trial for trial in found if trial.state == TrialState.COMPLETE]
+        method = name.split("/")[3]
+        assert sorted(t.user_attrs["point"] for t in ended) == list(range(planned[method])), name
+        assert all(t.state in (TrialState.COMPLETE, TrialState.FAIL) for t in found)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_four_workers_on_postgresql_of_which_one_is_killed_do_what_one_does(
+    postgresql, here, tmp_path
+):
+    flags = (*SMALL, *METHODS, "--epochs", 2, "--protocol", "lr")
+    here(*flags, "--output_dir", tmp_path / "one")
+
+    storage = ("--storage", postgresql, "--output_dir", tmp_path / "four")
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"worker{number}" for number in range(4)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, (*flags, *storage))],
+            cwd=ROOT,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            env=unbuffered,
+        )
+        for log in logs
+    ]
+
+    # The first that is in the middle of a search's training is killed.
+    def in_the_middle(log: Path) -> bool:
+        return log.read_text().rpartition(" trial ")[2].count("\nepoch") == 1
+
+    wait_for(lambda: any(map(in_the_middle, logs)))
+    victim = next(number for number, log in enumerate(logs) if in_the_middle(log))
+    workers[victim].kill()
+    statuses = [worker.wait(timeout=300) for worker in workers]
+    said = [log.read_text() for log in logs]
+    assert statuses == [-signal.SIGKILL if n == victim else 0 for n in range(4)], "\n".join(said)
+
+    check_ended_once(postgresql, {"vanilla": 1, "label-smoothing": 3, "instance-based-ils2": 2})
+    everything = [trial for found in trials(postgresql).values() for trial in found]
+    [left] = [trial for trial in everything if trial.state == TrialState.FAIL]
+    assert left.user_attrs["worker"].endswith(f":{workers[victim].pid}")
+    others = "".join(text for number, text in enumerate(said) if number != victim)
+    assert re.search("continued after epoch 1, step", others)
+    assert len({trial.user_attrs["worker"] for trial in everything}) >= 3
+    for name in ("summary.csv", "selected.csv"):
+        one, four = (tmp_path / place / TABLES / name for place in ("one", "four"))
+        assert one.read_bytes() == four.read_bytes()
+    networks = sorted((tmp_path / "one/digits").rglob("best.pt"))
+    assert len(networks) == 3 * 2  # what was selected, and what was trained again
+    for network in networks:
+        assert same_bits(network, tmp_path / "four" / network.relative_to(tmp_path / "one"))
+
+
+def test_two_workers_share_a_sqlite_file_and_stop_and_start_at_will(here, tmp_path):
+    flags = (*SMALL, "--methods", "label-smoothing --smoothing 0.1 0.2 0.3", "--epochs", 4)
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    pair = [start(SCRIPT, *flags, "--output_dir", tmp_path / "two", env=unbuffered) for _ in "12"]
+    for line in pair[0].stdout:
+        if line.startswith("epoch   2"):
+            pair[0].send_signal(signal.SIGTERM)
+            break
+    _, err = pair[0].communicate(timeout=60)
+    assert pair[0].returncode == 143
+    assert f"to continue: python {SCRIPT}" in err
+    pair[1].communicate(timeout=300)
+    assert pair[1].returncode == 0
+    check_ended_once(tmp_path / "two/study.db", {"label-smoothing": 3})
+    here(*flags, "--output_dir", tmp_path / "one")
+    name = f"{TABLES}/selected.csv"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    again = here(*flags, "--output_dir", tmp_path / "two")
+    assert "finished earlier" in again
+    assert " trial " not in again
+
+
+def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(here, tmp_path):
+    own = tmp_path / "My-loss.py"
+    own.write_text(OWN)
+    flags = (*SMALL, "--epochs", 1, "--output_dir", tmp_path / "runs")
+    out = here(*flags, "--methods", f"{own} --scale 1e38 1 0.5")
+    assert "diverged: " in out
+    assert "3 trainings done, 1 diverged" in out
+    [found] = trials(tmp_path / "runs/study.db").values()
+    assert [t.state for t in found] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    selected = pd.read_csv(tmp_path / "runs" / TABLES / "selected.csv").iloc[0]
+    assert selected["selected"] < 2
+    assert selected["trained"] == 2
+    assert " trial " not in here(*flags, "--methods", f"{own} --scale 1e38 1 0.5")
+    # Nothing is left when all of them do.
+    everything = (*SMALL, "--epochs", 1, "--output_dir", tmp_path / "none")
+    out = here(*everything, "--methods", f"{own} --scale 1e38", status=1)
+    assert "scaled/seed0: no network, every training of it or its teacher diverged" in out
+    assert not list((tmp_path / "none").rglob("metrics.json"))
+
+
+def test_a_range_is_sampled_as_often_as_asked_for(here, without_tables, tmp_path):
+    flags = (*SMALL, "--methods", "label-smoothing --smoothing 0.001..0.9:log", "--epochs", 1)
+    flags = (*flags, "--sampler", "tpe", "--n_trials", 3, "--select_by", "accuracy")
+    here(*flags, "--output_dir", tmp_path)
+    [found] = trials(tmp_path / "study.db").values()
+    assert [trial.user_attrs["point"] for trial in found] == [0, 1, 2]
+    values = [trial.params["smoothing"] for trial in found]
+    assert len({*values}) == 3
+    assert all(0.001 <= value <= 0.9 for value in values)
+    best = max(found, key=lambda trial: trial.user_attrs["validation_accuracy"])
+    assert best.value == pytest.approx(1 - best.user_attrs["validation_accuracy"])
+    table = pd.read_csv(tmp_path / "digits/simple_dense/label-smoothing/seed0/search.csv")
+    assert len(table) == 3
+    chosen = table[table["selected"]].iloc[0]
+    assert chosen["validation_accuracy"] == best.user_attrs["validation_accuracy"]
+
+
+def test_a_training_that_falls_behind_is_pruned_and_not_selected(here, without_tables, tmp_path):
+    flags = (*SMALL, "--methods", "label-smoothing --smoothing 0.01 0.02 0.03 0.9", "--epochs", 3)
+    out = here(*flags, "--pruner", "median", "--output_dir", tmp_path)
+    assert "4 of 4 trainings done, 1 pruned" in out
+    [found] = trials(tmp_path / "study.db").values()
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED]
+    assert found[0].intermediate_values.keys() == {1, 2, 3}
+    assert found[3].intermediate_values.keys() == {1}
+    table = pd.read_csv(tmp_path / "digits/simple_dense/label-smoothing/seed0/search.csv")
+    assert list(table["smoothing"]) == [0.01, 0.02, 0.03]
+
+
+@pytest.mark.parametrize(
+    ("value", "values", "expected"),
+    [
+        (0.1, [0.1, 0.5, 0.2], ("1 of 3", "lowest")),
+        (0.2, [0.1, 0.5, 0.2], ("2 of 3", "")),
+        (0.5, [0.1, 0.5, 0.2], ("3 of 3", "highest")),
+        (0.01, Range(0.001, 0.1, log=True), ("50 %", "")),
+        (0.01, Range(0.001, 0.1, log=False), ("9 %", "")),
+        (0.002, Range(0.001, 0.1, log=False), ("1 %", "lowest")),
+        (0.099, Range(0.001, 0.1, log=True), ("100 %", "highest")),
+    ],
+)
+def test_how_near_the_edge_a_value_lies(value, values, expected):
+    assert study.position(value, values) == expected
+
+
+def test_a_worker_that_died_while_it_took_a_trial_leaves_it_to_others(
+    here, without_tables, tmp_path, monkeypatch
+):
+    """Between asking for a trial and its first heartbeat, when no heartbeat can be missed."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    flags = (*SMALL, "--methods", "vanilla", "--epochs", 1, "--output_dir", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(study.optuna.storages.RDBStorage, "record_heartbeat", die)
+        with pytest.raises(Killed):
+            here(*flags)
+    [[left]] = trials(tmp_path / "study.db").values()
+    assert left.state == TrialState.RUNNING
+    here(*flags)
+    [found] = trials(tmp_path / "study.db").values()
+    assert [trial.state for trial in found] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_mlflow_and_tensorboard_are_told_of_every_training(here, tmp_path):
+    if not importlib.util.find_spec("mlflow"):
+        missing("no MLflow: pip install mlflow")
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    port = free_port()
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+            *("--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"),
+            *("--artifacts-destination", str(tmp_path / "artifacts")),
+        ],
+        stdout=(tmp_path / "server").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # starts sooner
+    )
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert server.poll() is None, (tmp_path / "server").read_text()
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{address}/health").status == 200
+        return False
+
+    try:
+        wait_for(answers)
+        out = here(
+            *(*SMALL, "--methods", "label-smoothing --smoothing 0.1 0.3", "--epochs", 2),
+            *("--mlflow", address, "--tensorboard", tmp_path / "board"),
+            *("--output_dir", tmp_path / "runs"),
+        )
+        assert "warning" not in out
+        client = MlflowClient(address)
+        experiment = client.get_experiment_by_name("study").experiment_id
+        runs = client.search_runs([experiment])
+        [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        children = [run for run in runs if run is not parent]
+        assert sorted(run.data.params["smoothing"] for run in children) == ["0.1", "0.3"]
+        for child in children:
+            assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+            assert child.info.status == "FINISHED"
+            losses = client.get_metric_history(child.info.run_id, "validation_log_loss")
+            assert [metric.step for metric in losses] == [1, 2]
+            files = {file.path for file in client.list_artifacts(child.info.run_id)}
+            assert files == {"best.pt", "history.csv", "training-curve.png"}
+        tables = client.list_artifacts(parent.info.run_id, "simple_dense")
+        assert "simple_dense/selected.csv" in {file.path for file in tables}
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+    for point in "01":
+        events = EventAccumulator(str(tmp_path / "board/label-smoothing/seed0" / point)).Reload()
+        assert [event.step for event in events.Scalars("validation_log_loss")] == [1, 2]
+
+
+def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):
+    flags = ("--dataset", "digits", "--model", "lenet", "--epochs", 3, "--seeds", 0, 1)
+    out = here(*flags, "--dry_run", "--output_dir", tmp_path / "runs", "--protocol", "lr")
+    # Vanilla 1, label smoothing, relaxation, focal and penalty 7 each, ILS2 3 x 5; and two seeds.
+    assert "88 trainings, 12 trained again, at most 300 epochs" in out
+    assert re.search(r"time: \d+\.\d (min|h) for one worker", out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--methods", "label-smooting"), "did you mean label-smoothing?"),
+        (("--methods", "label"), "label-relaxation, label-smoothing"),
+        (("--methods", "nothing.py"), "there is no such file"),
+        (("--methods", "focal --gamma -1"), "a number in [0, inf) expected"),
+        (("--methods", "focal --gama 1"), "unrecognized arguments: --gama 1"),
+        (("--methods", "focal --lr 0.2"), "--lr is one for the whole study"),
+        (("--methods", "focal --seed 0"), "--seed is one for the whole study"),
+        (("--methods", "focal 'x"), "a method and its flags expected"),
+        (("--methods", "focal", "focal --gamma 2"), "names focal twice"),
+        (("--methods", "focal --gamma 1..2"), "--sampler grid cannot try all"),
+        (("--methods", "focal --gamma 2..1", "--sampler", "tpe"), "two increasing numbers"),
+        (("--methods", "focal --gamma 0..1:log", "--sampler", "tpe"), "a low end > 0 expected"),
+        (("--methods", "focal --gamma -1..1", "--sampler", "tpe"), "expected"),
+        (("--storage", "redis://here"), "postgresql://user@host/database"),
+        (("--sampler", "gird"), "did you mean grid?"),
+        (("--heartbeat", "0"), "a whole number in [1, inf) expected"),
+        (("--seeds", "-1"), "a whole number in [0, 1e+09] expected"),
+        (("--num_classes", "3"), "digits has 10 classes"),
+    ],
+)
+def test_what_cannot_be_studied_is_said_in_one_line(flags, words, refused, tmp_path):
+    output = ("--output_dir", tmp_path / "runs")
+    assert words in refused(SCRIPT, "--model", "simple_dense", *flags, *output, written=tmp_path)
+
+
+def test_a_database_that_does_not_answer_is_named_without_its_password(here, tmp_path):
+    address = f"postgresql://me:secret@127.0.0.1:{free_port()}/none"
+    flags = ("--methods", "vanilla", "--storage", address, "--output_dir", tmp_path)
+    out = here(*SMALL, *flags, status=2)
+    assert "Connection refused" in out
+    assert "secret" not in out
+
+
+def test_another_study_is_not_mixed_in(here, without_tables, tmp_path):
+    flags = (*SMALL, "--methods", "focal --gamma 1", "--output_dir", tmp_path)
+    here(*flags, "--epochs", 1)
+    error = here(*flags, "--epochs", 2, status=2).strip().splitlines()[-1]
+    assert "other settings: epochs is 1 there and 2 here" in error
+
+
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [
+        ("optuna", ()),
+        ("mlflow", ("--mlflow", "mlruns")),
+        ("torch.utils.tensorboard", ("--tensorboard", "board")),
+    ],
+)
+def test_a_package_that_is_missing_is_named(package, flags, here, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "utils.study", raising=False)
+    monkeypatch.delattr("utils.study", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    common = (*SMALL, "--methods", "vanilla", "--output_dir", tmp_path)
+    out = here(*common, *flags, status=2)
+    assert f"pip install {package.rpartition('.')[2]}" in out.strip().splitlines()[-1]
