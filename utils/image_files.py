@@ -6,7 +6,9 @@ come next, while the network is busy.
 """
 
 import hashlib
+import itertools
 import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -16,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 MAX_PIXELS = 2**25  # of one file; a few working copies of it stay well below 1 GiB
 
 # What a worker decodes at a time: enough for the cost of handing it over not to matter, and little
-# enough for the portions in flight to fit the 64 MiB of shared memory that a container often has.
+# enough for all workers to have their share of a batch.
 PORTION_IMAGES, PORTION_BYTES = 64, 2**21
 
 
@@ -207,21 +209,26 @@ class ImageFiles:
 
         Raises InputError for an image that is damaged or of another size.
         """
-        portion = min(PORTION_IMAGES, max(1, PORTION_BYTES // math.prod(self.shape[1:])))
+        _, *shape = self.shape
+        portion = min(PORTION_IMAGES, max(1, PORTION_BYTES // math.prod(shape)))
+        workers = self._workers(sum(map(len, batches)) / portion)
+        # A batch and more is under way while the one before it is in use.
+        largest = max(map(len, batches), default=0)
+        ahead = workers and max(2, math.ceil(largest / portion / workers))
+        # Forks share this memory. The one place more is that which is being read here.
+        places = torch.frombuffer(
+            mmap.mmap(-1, (workers * ahead + 1) * portion * math.prod(shape)), dtype=torch.uint8
+        ).view(-1, portion, *shape)
         portions = (part.tolist() for batch in batches for part in batch.split(portion))
-        decoded = in_workers(
-            self._decode,
-            portions,
-            self._workers(sum(map(len, batches)) / portion),
-            ahead=math.ceil(max(map(len, batches), default=0) / portion),
-            pin_memory=self.device.type == "cuda",
-        )
+        tasks = zip(itertools.cycle(range(len(places))), portions, strict=False)
+        decoded = in_workers(partial(self._decode, places), tasks, workers, ahead)
         for batch in batches:
-            shape = (len(batch), *self.shape[1:])
-            images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            images = torch.empty(
+                (len(batch), *shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
             for part in images.split(portion):
-                part.copy_(next(decoded), non_blocking=True)
-            yield images
+                part.copy_(places[next(decoded)][: len(part)])
+            yield images.to(self.device, non_blocking=True)
 
     def in_memory(self) -> Tensor:
         """All of them as a tensor."""
@@ -243,7 +250,7 @@ class ImageFiles:
         """
         portions = torch.arange(len(self)).split(PORTION_IMAGES)
         digests = in_workers(
-            self._digests, (part.tolist() for part in portions), self._workers(len(portions))
+            self._digests, (part.tolist() for part in portions), self._workers(len(portions)), 2
         )
         return hashlib.sha256(b"".join(digests)).digest()
 
@@ -257,14 +264,15 @@ class ImageFiles:
             most = cpu_count() if sys.platform == "linux" else 0
         return min(most, math.ceil(portions)) if portions > 1 else 0
 
-    def _decode(self, positions: list[int]) -> Tensor:
-        images = np.empty((len(positions), *self.shape[1:]), np.uint8)
-        for place, position in zip(images, positions, strict=True):
+    def _decode(self, places: Tensor, task: tuple[int, list[int]]) -> int:
+        """Decodes the images at some positions into one of the places. Returns which."""
+        place, positions = task
+        for target, position in zip(places[place].numpy(), positions, strict=False):
             image = _read_image(self._path(position), self.image_size)
-            if image.shape != place.shape:
+            if image.shape != target.shape:
                 raise self._unequal(position, *image.shape[:2])
-            place[:] = image
-        return torch.from_numpy(images)
+            target[:] = image
+        return place
 
     def _digests(self, positions: list[int]) -> bytes:
         digests = []
@@ -291,29 +299,23 @@ class ImageFiles:
 
 
 def in_workers(
-    function: Callable[[list[int]], Any],
-    portions: Iterable[list[int]],
-    workers: int,
-    ahead: int = 0,
-    pin_memory: bool = False,
+    function: Callable[[Any], Any], tasks: Iterable, workers: int, ahead: int
 ) -> Iterator:
-    """function(portion) of each portion in turn, computed in that many forks of this process.
+    """function(task) of each task in turn, computed in that many forks of this process.
 
-    The forks are at least `ahead` portions, and two each, in front of who asks. They end with the
-    iterator, and with this process however it ends. 0 workers: computed here, when asked for.
-    pin_memory: tensors come in memory from which a GPU can fetch them by itself. Raises the
-    InputError that function raises.
+    While one result is in use, `ahead` tasks of each fork are under way or done. The forks end with
+    the iterator, and with this process however it ends. 0 workers: computed here, when asked for.
+    Raises the InputError that function raises.
     """
     if not workers:
-        yield from map(function, portions)
+        yield from map(function, tasks)
         return
     loader = DataLoader(
         _Answers(function),
         batch_size=None,
-        sampler=portions,
+        sampler=tasks,
         num_workers=workers,
-        prefetch_factor=max(2, math.ceil(ahead / workers)),
-        pin_memory=pin_memory,
+        prefetch_factor=ahead,
         worker_init_fn=_end_with_parent,
         multiprocessing_context="fork",
         generator=torch.Generator(),  # without one of its own it draws from the global stream
@@ -325,22 +327,16 @@ def in_workers(
 
 
 class _Answers:
-    """What torch takes for a data set: function(portion), or the InputError that it raises."""
+    """What torch takes for a data set: function(task), or the InputError that it raises."""
 
-    def __init__(self, function: Callable[[list[int]], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
 
-    def __getitem__(self, portion: list[int]) -> Any:
+    def __getitem__(self, task: Any) -> Any:
         try:
-            answer = self.function(portion)
+            return self.function(task)
         except InputError as error:
             return error
-        if isinstance(answer, Tensor):
-            try:
-                answer.share_memory_()  # where torch does it by itself, nobody hears of an error
-            except RuntimeError as error:
-                return InputError(f"{error}; more of it, or fewer --workers, or 0, would do")
-        return answer
 
 
 def _started(loader: DataLoader) -> Iterator:
