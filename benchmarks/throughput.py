@@ -331,11 +331,11 @@ def flop_per_image(case: Case) -> float:
 
 def memory(device: torch.device) -> tuple[float, float]:
     """Resident memory in MiB after 20 and after 200 short epochs on the digits."""
-    case = Case("shallownet", 48, data_loader.load("digits").to(device), device, "float32", False, 3)
+    case = Case(
+        "shallownet", 48, data_loader.load("digits").to(device), device, "float32", False, 3
+    )
     resident = []
-    with contextlib.closing(
-        through_fit(case, "ours", "crop-flip", make_cross_entropy)
-    ) as epochs:
+    with contextlib.closing(through_fit(case, "ours", "crop-flip", make_cross_entropy)) as epochs:
         for _ in range(200):
             next(epochs)
             resident.append(resident_mib())
