@@ -6,8 +6,8 @@
 Images a second of
 
     ceiling      forward, loss, backward and optimizer step on one batch that stays where it is
-    ours         `fit`, the loop of the training scripts: vanilla, images flipped as for Fashion-MNIST
-    ours_crop    the same, cropped and flipped as for CIFAR
+    ours         `fit`, the training scripts' loop: vanilla, flipped as Fashion-MNIST is by default
+    ours_crop    the same, cropped and flipped as CIFAR is
     ils_stored   instance-based smoothing of flipped images: the teacher's answers are stored
     ils_live     instance-based smoothing of cropped and flipped ones: the teacher sees each batch
     plain        a DataLoader over torchvision's data set with per-image transforms, float32
@@ -23,8 +23,10 @@ slower for a while is slower for all.
     matmul_share   of the rate of a large matrix product in the same precision: floating-point
                    operations of a training step (forward and backward) at the speed of `ours`
 
-The images are random, 28x28 grey as those of Fashion-MNIST: nothing here depends on what is in them.
-The numbers in the weights do not matter either; training is real, at a small learning rate.
+At the end resident memory after 20 and after all of --memory_epochs short epochs on the digits.
+
+The images are random, as many as Fashion-MNIST has, 28x28 and grey: no time here depends on what is
+in them.
 """
 
 import contextlib
@@ -329,22 +331,21 @@ def flop_per_image(case: Case) -> float:
     return counter.get_total_flops() / case.batch_size
 
 
-def memory(device: torch.device) -> tuple[float, float]:
-    """Resident memory in MiB after 20 and after 200 short epochs on the digits."""
-    case = Case(
-        "shallownet", 48, data_loader.load("digits").to(device), device, "float32", False, 3
-    )
+def memory(device: torch.device, epochs: int) -> str:
+    """What resident memory is after short epochs on the digits."""
+    digits = data_loader.load("digits").to(device)
+    case = Case("shallownet", 48, digits, device, "float32", compile=False, steps=3)
     resident = []
-    with contextlib.closing(through_fit(case, "ours", "crop-flip", make_cross_entropy)) as epochs:
-        for _ in range(200):
-            next(epochs)
-            resident.append(resident_mib())
-    return resident[19], resident[199]
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    with contextlib.closing(through_fit(case, "ours", "crop-flip", make_cross_entropy)) as measured:
+        for _ in range(epochs):
+            next(measured)
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    first = min(20, epochs)
+    return (
+        f"resident memory: {resident[first - 1]:.1f} MiB after {first} epochs, "
+        f"{resident[-1]:.1f} MiB after {epochs}"
+    )
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -396,6 +397,14 @@ def main() -> None:
         help="about how long one measurement of a round is to take (default: %(default)s; at "
         f"least {FEWEST_STEPS} steps)",
     )
+    add(
+        "--memory_epochs",
+        type=arguments.non_negative_int,
+        default=200,
+        metavar="N",
+        help="short epochs over which resident memory is watched, on Linux; 0 is off "
+        "(default: %(default)s)",
+    )
     add("--compile", action="store_true", help="a second row for each network, with torch.compile")
     add("--output", metavar="FILE", help="a CSV file to write (default: off)")
     args = parser.parse_args()
@@ -416,8 +425,8 @@ def main() -> None:
             rows.append({**measure(case, args.rounds), **versions})
             print(pd.Series(rows[-1]).drop(versions).to_string(float_format="{:.4g}".format))
             print(flush=True)
-    early, late = memory(args.device)
-    print(f"resident memory after 20 epochs {early:.1f} MiB, after 200 {late:.1f} MiB")
+    if args.memory_epochs:
+        print(memory(args.device, args.memory_epochs))
     if args.output:
         checkpoint.write_text(Path(args.output), pd.DataFrame(rows).to_csv(index=False))
 

@@ -40,7 +40,8 @@ class StoredLogits:
 
     An answer is found by the image's position in the data set and whether it is flipped, never by
     its place in a batch. The network is asked in batches of the given size, the last one filled up,
-    because the last bits of a network's answer may depend on the size of the batch.
+    because the last bits of a network's answer may depend on the size of the batch; so to a smaller
+    last batch of an epoch it might answer otherwise in them.
     """
 
     def __init__(
