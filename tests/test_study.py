@@ -190,7 +190,7 @@ def test_four_workers_on_postgresql_of_which_one_is_killed_do_what_one_does(
         assert same_bits(network, tmp_path / "four" / network.relative_to(tmp_path / "one"))
 
 
-def test_two_workers_share_a_sqlite_file_and_stop_and_start_at_will(here, tmp_path):
+def test_two_workers_share_a_sqlite_file_and_stop_and_start_at_will(here, without_tables, tmp_path):
     flags = (*SMALL, "--methods", "label-smoothing --smoothing 0.1 0.2 0.3", "--epochs", 4)
     unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     pair = [start(SCRIPT, *flags, "--output_dir", tmp_path / "two", env=unbuffered) for _ in "12"]
@@ -205,29 +205,32 @@ def test_two_workers_share_a_sqlite_file_and_stop_and_start_at_will(here, tmp_pa
     assert pair[1].returncode == 0
     check_ended_once(tmp_path / "two/study.db", {"label-smoothing": 3})
     here(*flags, "--output_dir", tmp_path / "one")
-    name = f"{TABLES}/selected.csv"
-    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (tmp_path / place / "digits/simple_dense" for place in ("one", "two"))
+    name = "label-smoothing/seed0/search.csv"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert same_bits(*((run / name).with_name("best.pt") for run in (one, two)))
     again = here(*flags, "--output_dir", tmp_path / "two")
     assert "finished earlier" in again
     assert " trial " not in again
 
 
-def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(here, tmp_path):
+def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(
+    here, without_tables, tmp_path
+):
     own = tmp_path / "My-loss.py"
     own.write_text(OWN)
-    flags = (*SMALL, "--epochs", 1, "--output_dir", tmp_path / "runs")
-    out = here(*flags, "--methods", f"{own} --scale 1e38 1 0.5")
+    flags = (*SMALL, "--epochs", 1, "--methods")
+    several = (*flags, f"{own} --scale 1e38 1 0.5", "--output_dir", tmp_path / "runs")
+    out = here(*several)
     assert "diverged: " in out
-    assert "3 trainings done, 1 diverged" in out
+    assert "3 of 3 trainings done, 1 diverged" in out
     [found] = trials(tmp_path / "runs/study.db").values()
     assert [t.state for t in found] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
-    selected = pd.read_csv(tmp_path / "runs" / TABLES / "selected.csv").iloc[0]
-    assert selected["selected"] < 2
-    assert selected["trained"] == 2
-    assert " trial " not in here(*flags, "--methods", f"{own} --scale 1e38 1 0.5")
+    search = pd.read_csv(tmp_path / "runs/digits/simple_dense/scaled/seed0/search.csv")
+    assert list(search["scale"]) == [1, 0.5]
+    assert " trial " not in here(*several)
     # Nothing is left when all of them do.
-    everything = (*SMALL, "--epochs", 1, "--output_dir", tmp_path / "none")
-    out = here(*everything, "--methods", f"{own} --scale 1e38", status=1)
+    out = here(*flags, f"{own} --scale 1e38", "--output_dir", tmp_path / "none", status=1)
     assert "scaled/seed0: no network, every training of it or its teacher diverged" in out
     assert not list((tmp_path / "none").rglob("metrics.json"))
 
@@ -426,3 +429,16 @@ def test_a_package_that_is_missing_is_named(package, flags, here, tmp_path, monk
     common = (*SMALL, "--methods", "vanilla", "--output_dir", tmp_path)
     out = here(*common, *flags, status=2)
     assert f"pip install {package.rpartition('.')[2]}" in out.strip().splitlines()[-1]
+
+
+def test_the_slurm_script_of_the_docs_is_a_shell_script_with_a_command_that_works(here):
+    blocks = re.findall("```bash\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    for block in blocks:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    [script] = [block for block in blocks if "#SBATCH" in block]
+    echoed = script.replace("exec python", "printf '%s\\n'").replace("cifar10", "digits", 1)
+    command = subprocess.run(["bash"], input=echoed, text=True, check=True, capture_output=True)
+    name, *flags = command.stdout.splitlines()
+    assert name == SCRIPT
+    out = here(*flags, "--model", "simple_dense", "--epochs", 1, "--dry_run")
+    assert "time: " in out

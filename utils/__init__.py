@@ -5,6 +5,9 @@ data_loader  where do images come from, who is in which split, what is a batch?
 losses       what is minimised?
 training     how does a training go?
 teacher      which network teaches, and where is it?
+methods      which methods are there, and which values may they take?
+study        who trains what, and when is a study done?
+tracking     who else is told how a study goes?
 checkpoint   what is on disk?
 inference    what does a network say of a split?
 evaluate     how good and how sure?
