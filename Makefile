@@ -1,5 +1,7 @@
 # make demo   train, distil and evaluate on the digits data set, from nothing
 # make test   check the code and run all tests
+# make results  measure the tables of results/ anew, or go on where that was stopped; each has a
+#               target of its own below, and its cost is in results/README.md
 # make clean  remove the virtual environment and what the demo made
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ DEMO := demo
 DEMO_FLAGS := --dataset digits --model simple_dense --epochs 20 --batch_size 64 --trials 2 \
 	--output_dir $(DEMO)/runs
 
-.PHONY: demo test clean
+.PHONY: demo test results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -27,6 +29,52 @@ test: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+# The targets below leave their networks in runs/<table> and their tables in results/<table>.
+TABLES := gaussians simple-dense-lr students densenet resnet18
+.PHONY: $(TABLES)
+results: $(TABLES)
+	$(RUN) results/parity.py
+
+STUDY := $(RUN) Hyperparameter-study.py --dataset fashionmnist --seeds 0 1 2
+EVALUATE := $(RUN) Models-evaluation.py --bootstrap 1000 --compare --plots \
+	--tsne_classes Shirt Pullover Sneaker
+ILS_README := vanilla label-smoothing instance-based "instance-based --variant scores"
+
+gaussians: $(VENV)/installed
+	$(RUN) Synthetic-study.py --output_dir results/gaussians
+
+# The LR paper's protocol, with 10 of its 50 epochs.
+simple-dense-lr: $(VENV)/installed-dev
+	for by in accuracy ece; do \
+	  $(STUDY) --model simple_dense --params published --epochs 10 --milestones 6 --select_by $$by \
+	    --methods vanilla label-smoothing label-relaxation focal confidence-penalty \
+	    --output_dir runs/simple-dense-lr/$$by && \
+	  $(EVALUATE) --ece_bins 15 runs/simple-dense-lr/$$by/fashionmnist \
+	    --output_dir results/fashionmnist-simple-dense-lr/$$by || exit; \
+	done
+
+# Students of the networks that a study selected, at three temperatures of distillation.
+students: $(VENV)/installed-dev
+	$(STUDY) --model simple_dense --lr 0.05 --tr_size 0.5 --epochs 3 --batch_size 128 \
+	  --methods vanilla label-smoothing instance-based label-relaxation --output_dir runs/students
+	for T in 1 4 20; do \
+	  $(RUN) Network-distillation.py --teacher runs/students/fashionmnist/simple_dense \
+	    --student lenet --scale_teacher no --temperature $$T --epochs 5 \
+	    --output_dir runs/students-T$$T || exit; \
+	done
+	$(EVALUATE) runs/students/fashionmnist runs/students-T1 runs/students-T4 runs/students-T20 \
+	  --output_dir results/fashionmnist-students
+
+# The ILS README's Fashion-MNIST row and its like; these two need a GPU.
+densenet: $(VENV)/installed-dev
+	$(STUDY) --model densenet --methods $(ILS_README) --distil shallownet \
+	  --output_dir runs/densenet
+	$(EVALUATE) runs/densenet/fashionmnist --output_dir results/fashionmnist-densenet
+
+resnet18: $(VENV)/installed-dev
+	$(STUDY) --model resnet18 --output_dir runs/resnet18
+	$(EVALUATE) runs/resnet18/fashionmnist --output_dir results/fashionmnist-resnet18
 
 # A stamp for each set of requirements: installed once, and again when the file changes.
 $(VENV)/installed: requirements.txt | $(VENV)/bin/pip

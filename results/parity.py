@@ -1,0 +1,133 @@
+"""Puts every published number beside what was measured here: the tables of docs/results.md.
+
+    python results/parity.py
+
+reads published.csv, in which a row is a published number, and the results.csv of the measured
+tables, and replaces what stands between the marks in docs/results.md. Of a number that has not been
+measured the place stays empty.
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+MARKS = "<!-- tables: python results/parity.py -->\n", "<!-- end of tables -->\n"
+CELL = ["source", "dataset", "model", "method", "selected_by", "scaling"]
+METRICS = {
+    "accuracy": "accuracy %",
+    "log_loss": "log loss",
+    "ece": "ECE",
+    "classwise_ece": "class-wise ECE",
+    "student_accuracy": "student accuracy %",
+    "student_log_loss": "student log loss",
+}
+# Where the measured counterpart of a published table is: folder by (source, data set, network,
+# what selected the hyper-parameters); without selection either will do.
+MEASURED = {
+    ("ILS README", "fashionmnist", "densenet", "validation log loss"): "fashionmnist-densenet",
+    ("LR paper", "fashionmnist", "simple_dense", "none"): "fashionmnist-simple-dense-lr/accuracy",
+    ("LR paper", "fashionmnist", "simple_dense", "accuracy"): (
+        "fashionmnist-simple-dense-lr/accuracy"
+    ),
+    ("LR paper", "fashionmnist", "simple_dense", "ece"): "fashionmnist-simple-dense-lr/ece",
+    ("ILS appendix", "gaussians", "feed_forward", "validation log loss"): "gaussians",
+}
+
+
+def measured(folder: str, model: str) -> pd.DataFrame:
+    """method, scaling, metric and value, a row for each seed, of the test split."""
+    path = HERE / folder / "results.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["method", "scaling", "metric", "value"])
+    table = pd.read_csv(path)
+    if "split" not in table:  # of Synthetic-study.py, which tests only
+        return _long(table)
+    table = table[table["split"] == "test"]
+    networks = table[table["teacher"].isna() & (table["model"] == model)]
+    # A student is known by its teacher, and measured without a temperature of its own.
+    students = table[table["teacher"].isin(networks["weights"]) & (table["scaling"] == "no")]
+    method = networks.drop_duplicates("weights").set_index("weights")["method"]
+    students = students.assign(
+        method=students["teacher"].map(method), scaling=students["teacher_scaling"]
+    )
+    students = _long(students.rename(columns=lambda name: f"student_{name}").rename(
+        columns={"student_method": "method", "student_scaling": "scaling"}
+    ))  # fmt: skip
+    return pd.concat([_long(networks), students])
+
+
+def _long(table: pd.DataFrame) -> pd.DataFrame:
+    metrics = [name for name in METRICS if name in table]
+    return table.melt(["method", "scaling"], metrics, "metric")
+
+
+def compare() -> pd.DataFrame:
+    """published.csv with the mean, standard deviation and number of our seeds, and z.
+
+    z is the difference of our mean from the published number in standard deviations of ours over
+    seeds or data sets: those of the published numbers are not known.
+    """
+    published = pd.read_csv(HERE / "published.csv", dtype={"published": str})
+    for column in ("mean", "std", "n"):
+        published[column] = math.nan
+    tables = {key: measured(folder, key[2]) for key, folder in MEASURED.items()}
+    for index, row in published.iterrows():
+        table = tables.get((row["source"], row["dataset"], row["model"], row["selected_by"]))
+        if table is None:
+            continue
+        same = (table[["method", "scaling", "metric"]] == row[["method", "scaling", "metric"]]).all(
+            1
+        )
+        values = table.loc[same, "value"]
+        if len(values):
+            published.loc[index, ["mean", "std", "n"]] = values.mean(), values.std(), len(values)
+    published["z"] = (published["mean"] - published["published"].astype(float)) / published["std"]
+    return published
+
+
+def text(row: pd.Series) -> str:
+    percent = row["metric"].endswith("accuracy")
+    scale, decimals = (100, 2) if percent else (1, 4)
+    said = f"{100 * float(row['published']):.2f}" if percent else row["published"]
+    if math.isnan(row["mean"]):
+        return said + " /"
+    said += f" / **{scale * row['mean']:.{decimals}f}**"
+    if row["n"] > 1:
+        said += f" ± {scale * row['std']:.{decimals}f} (z {row['z']:+.1f})"
+    return said
+
+
+def tables() -> str:
+    """One Markdown table for each source: published / ours."""
+    parts = []
+    compared = compare()
+    for source, rows in compared.groupby("source", sort=False):
+        cells = rows.assign(text=rows.apply(text, axis=1)).pivot_table(
+            "text", CELL, "metric", aggfunc="first", sort=False
+        )
+        metrics = [name for name in METRICS if name in cells]
+        seeds = sorted({int(n) for n in rows["n"].dropna()})
+        cells = cells[metrics].rename(columns=METRICS).fillna("").reset_index()
+        cells = cells.drop(columns="source").rename(
+            columns={"dataset": "data set", "model": "network", "selected_by": "selected by"}
+        )
+        lines = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
+        ours = f"ours over {' or '.join(map(str, seeds))} seeds or data sets" if seeds else (
+            "nothing of it measured"
+        )  # fmt: skip
+        parts.append(f"### {source}\n\nPublished / {ours}.\n\n")
+        parts.append("".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) + "\n")
+    return "".join(parts)
+
+
+def replaced(page: str) -> str:
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return before + MARKS[0] + "\n" + tables() + MARKS[1] + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(replaced(PAGE.read_text()))
