@@ -250,8 +250,8 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
     add(
         "--compile",
         action="store_true",
-        help="compile the networks with torch.compile: faster steps after a minute or so at the "
-        "start (default: off)",
+        help="compile the networks with torch.compile, which takes a minute or so at the start; "
+        "whether steps are faster then, benchmarks/throughput.py --compile says (default: off)",
     )
     add(
         "--deterministic",
