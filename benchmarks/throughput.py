@@ -250,11 +250,10 @@ def evaluation(case: Case) -> Measures:
     model = training._new_model(trial).eval()
     indices = trial.splits.train[: case.steps * case.batch_size]
     batch = next(ordered_batches(trial.data, indices, case.batch_size))
-    network = trial.compiled(model)
     while True:
         with trial.autocast():
-            network(batch.images)
-            ceiling = case.rate(lambda: network(batch.images), case.steps, case.batch_size)
+            model(batch.images)
+            ceiling = case.rate(lambda: model(batch.images), case.steps, case.batch_size)
             ours = case.rate(
                 lambda: collect_logits(model, trial.data, indices, case.batch_size), 1, len(indices)
             )
