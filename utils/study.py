@@ -566,19 +566,19 @@ def write_tables(searches: list[Search], options: argparse.Namespace, started: f
 def find_students(searches: list[Search], options: argparse.Namespace) -> list[Path]:
     """Those that were distilled from what was selected."""
     place, model = Path(options.output_dir, options.dataset), options.model
-    return [
-        path
+    names = [
+        f"distilled-{model}-{search.method.name}{scaled}/seed{search.seed}"
         for search in searches
         for scaled in ("", "-scaled")
-        for path in place.glob(
-            f"**/distilled-{model}-{search.method.name}{scaled}/seed{search.seed}/best.pt"
-        )
     ]
+    finished = (path for name in names for path in place.glob(f"**/{name}/metrics.json"))
+    return [path.with_name("best.pt") for path in finished]
 
 
 def run_script(name: str, options: argparse.Namespace, *arguments) -> None:
-    shared = {"data_dir": options.data_dir, "device": options.device, "ece_bins": options.ece_bins}
-    flags = [word for key, value in shared.items() for word in (f"--{key}", value)]
+    shared = ("data_dir", "device", "ece_bins", "stream", "workers")
+    given = {key: getattr(options, key) for key in shared}
+    flags = [word for key in shared if given[key] is not None for word in (f"--{key}", given[key])]
     command = [sys.executable, ROOT / name, *arguments, *flags]
     status = subprocess.run([*map(str, command)]).returncode
     if status:
