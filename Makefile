@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := demo
+# A process for each core; tests of one file share what they need.
+PYTEST_FLAGS ?= --numprocesses auto --dist loadfile
 # Small enough for a laptop's processor: a teacher of three layers, two seeds.
 DEMO_FLAGS := --dataset digits --model simple_dense --epochs 20 --batch_size 64 --trials 2 \
 	--output_dir $(DEMO)/runs
