@@ -66,7 +66,7 @@ def test_without_batch_norm_the_loss_curve_is_that_of_one_process(tmp_path):
     student = ("Network-distillation.py", "--teacher", folders[0] / "best.pt", "--student")
     student += ("simple_dense", "--scale_teacher", "yes", *FLAGS, "--output_dir")
     run(*student, tmp_path / "one")
-    torchrun(*student, tmp_path / "three")
+    torchrun(*student, tmp_path / "two")
     method = "distilled-simple_dense-vanilla-scaled"
     assert_same_curve(
         *(history(tmp_path / name, method) for name in ("one", "two")), tolerance=1e-4

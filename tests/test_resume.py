@@ -257,7 +257,7 @@ def assert_stopped(forks, process: int, number: int, again: int = 0) -> None:
         except ProcessLookupError:
             break
     status = forks.end()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert status == 128 + number, forks.said
     *_, line = forks.said.splitlines()
     assert f": stopped by {signal.Signals(number).name}; " in line
@@ -350,7 +350,7 @@ def test_a_signal_through_the_real_command_line(tmp_path):
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     _, error = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert process.returncode == 130
     assert error.startswith("Vanilla-cross-entropy.py: stopped by SIGINT; training state saved; ")
     assert error.count("\n") == 1

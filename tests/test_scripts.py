@@ -249,7 +249,7 @@ def test_a_loss_that_diverges_has_its_own_status(tmp_path):
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("[A-Z]*.py")))
 def test_help_is_enough_to_work_from(script):
     text = run(script, "--help").out
-    assert "GPU:" in text
+    assert "GPU:" in text or script == "Synthetic-study.py"  # networks of 64 units, for a CPU
     assert "CPU:" in text
     flags = re.split(r"\n  (?=--)", text.split("options:")[1])[1:]
     assert len(flags) >= 4
