@@ -7,6 +7,7 @@ made with other settings is ever mixed with them.
 import json
 import reprlib
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def held(folder: Path, settings: dict, device: torch.device, overwrite: bool = F
     """
     with ExitStack() as stack:
         if distributed.is_first():
-            stack.enter_context(_lock(folder))
+            if not stack.enter_context(exclusive(folder / ".lock", wait=False)):
+                raise InUse(f"another process is training in {folder}; wait for its end")
             _prepare(folder, settings, overwrite)
         distributed.wait_for_all()
         # What a finished run says of its making stays as it is.
@@ -44,16 +46,21 @@ def held(folder: Path, settings: dict, device: torch.device, overwrite: bool = F
         distributed.wait_for_all()
 
 
-def _lock(folder: Path) -> filelock.BaseFileLock:
+@contextmanager
+def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a file lock. Without wait: yields whether it got it."""
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except filelock.Timeout:
-        raise InUse(f"another process is training in {folder}; wait for its end") from None
+        pass
     except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
-        raise InputError(f"cannot use the output folder {folder}: {error}") from None
-    return lock
+        raise InputError(f"cannot use the output folder {path.parent}: {error}") from None
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:

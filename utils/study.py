@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import filelock
 import numpy as np
 import optuna
 import pandas as pd
@@ -44,7 +43,7 @@ from utils import arguments, tables, tracking, training
 from utils.data_loader import ImageData
 from utils.errors import DivergedError, InputError
 from utils.methods import ROOT, Range, Space, needs_teacher
-from utils.run_folder import InUse
+from utils.run_folder import InUse, exclusive
 from utils.teacher import VANILLA, make_cross_entropy
 from utils.tracking import Tracker
 from utils.training import (
@@ -108,23 +107,6 @@ def storage_address(url: str) -> sqlalchemy.URL:
             "mysql+pymysql://user@host/database expected"
         ) from None
     return address
-
-
-@contextlib.contextmanager
-def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a file lock. Without wait: yields whether it got it."""
-    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        pass
-    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
-        raise InputError(f"cannot use the output folder {path.parent}: {error}") from None
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
 
 
 class _Heart(threading.Thread):
