@@ -56,13 +56,16 @@ simple-dense-lr: $(VENV)/installed-dev
 	    --output_dir results/fashionmnist-simple-dense-lr/$$by || exit; \
 	done
 
-# Students of the networks that a study selected, at three temperatures of distillation.
-students: $(VENV)/installed-dev
-	$(STUDY) --model simple_dense --lr 0.05 --tr_size 0.5 --epochs 3 --batch_size 128 \
-	  --methods vanilla label-smoothing instance-based label-relaxation --output_dir runs/students
+# Students of four methods, at three temperatures of distillation.
+TEACHERS := Vanilla-cross-entropy Label-smoothing Instance-based-smoothing Label-relaxation
+students: $(VENV)/installed
+	for script in $(TEACHERS); do \
+	  $(RUN) $$script.py --dataset fashionmnist --model simple_dense --epochs 5 --batch_size 128 \
+	    --trials 3 --output_dir runs/students || exit; \
+	done
 	for T in 1 4 20; do \
 	  $(RUN) Network-distillation.py --teacher runs/students/fashionmnist/simple_dense \
-	    --student lenet --scale_teacher no --temperature $$T --epochs 5 \
+	    --student lenet --scale_teacher no --temperature $$T --epochs 4 \
 	    --output_dir runs/students-T$$T || exit; \
 	done
 	$(EVALUATE) runs/students/fashionmnist runs/students-T1 runs/students-T4 runs/students-T20 \
