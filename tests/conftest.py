@@ -115,5 +115,9 @@ def fashion_mnist() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Small tensors on a busy machine: threads that wait for each other cost more than they do."""
+    """Small tensors on a busy machine: threads that wait for each other cost more than they do.
+
+    Here, and in the scripts that the tests start.
+    """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
