@@ -64,9 +64,13 @@ class ImageData:
         """uint8 (B, H, W, C) on the device, of each batch of indices in turn."""
         if isinstance(self.images, ImageFiles):
             return self.images.gather(batches)
-        device = self.images.device
-        # Whole rows; images[batch] would copy byte by byte.
-        return (self.images.index_select(0, batch.to(device)) for batch in batches)
+        if not batches:
+            return iter(())
+        # To the device in one copy, not one a step.
+        everything = torch.cat([*batches]).to(self.images.device)
+        # Whole rows; images[chosen] would copy byte by byte.
+        chosen = everything.split([len(batch) for batch in batches])
+        return (self.images.index_select(0, batch) for batch in chosen)
 
     @cached_property
     def fingerprint(self) -> str:
