@@ -79,7 +79,7 @@ def compare() -> pd.DataFrame:
         if table is None:
             continue
         same = (table[["method", "scaling", "metric"]] == row[["method", "scaling", "metric"]]).all(
-            1
+            axis=1
         )
         values = table.loc[same, "value"]
         if len(values):
