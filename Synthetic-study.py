@@ -14,8 +14,8 @@ the epoch of the lowest validation log loss kept), and each data set keeps the c
 lowest validation log loss; the vanilla networks have nothing to choose. All data sets are trained
 at once on the CPU. What came of it: docs/synthetic.md.
 
-CPU, 15 minutes:  python Synthetic-study.py
-CPU, 2 minutes:   python Synthetic-study.py --replicas 10 --curve_bins 0
+15 minutes, CPU:  python Synthetic-study.py
+2 minutes, CPU:   python Synthetic-study.py --replicas 10 --curve_bins 0
 """
 
 import itertools
