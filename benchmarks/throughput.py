@@ -384,7 +384,7 @@ def main() -> None:
     add(
         "--rounds",
         type=arguments.positive_int,
-        default=5,
+        default=3,
         metavar="N",
         help="of which the median is given (default: %(default)s)",
     )
