@@ -124,6 +124,7 @@ def main() -> None:
             train_trial(trial, method, requested_values(args), make_loss)
     print("\nNext, see teachers and students side by side:")
     arguments.print_next(given, shlex.join(["Models-evaluation.py", given.output_dir]))
+    distributed.end()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def compare_batch_norm() -> None:
         torch.manual_seed(0)
         return nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10),
-            nn.BatchNorm1d(10),
+            nn.BatchNorm1d(10, affine=False),
         )  # fmt: skip
 
     whole, shared = network(), network()
@@ -145,12 +145,23 @@ def test_a_process_that_dies_ends_the_job_in_words_and_the_next_start_goes_on(tm
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_fewer_images_in_a_batch_than_processes_is_refused(tmp_path):
-    process = start_torchrun(
-        "Label-smoothing.py", "--batch_size", 1, "--model", "simple_dense",
-        "--output_dir", tmp_path,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--batch_size", 1, "--model", "simple_dense"),
+            "--batch_size 1 and 1150 training images, but 2 processes",
+        ),
+        (
+            ("--model", "timm/test_efficientnet"),
+            "timm-test_efficientnet has BatchNormAct2d, whose statistics 2 processes cannot share",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused(tmp_path, flags, expected):
+    process = start_torchrun("Label-smoothing.py", *flags, "--output_dir", tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "--batch_size 1 and 1150 training images, but 2 processes" in err
+    assert expected in err
+    assert "InputError" not in err  # which a traceback would name
     assert not list(tmp_path.iterdir())

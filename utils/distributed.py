@@ -62,6 +62,7 @@ def start(device: torch.device) -> torch.device:
 
 
 def end() -> None:
+    """Leaves the other processes, when all is done."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -95,6 +96,22 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 
+SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def not_synchronised(model: nn.Module) -> set[str]:
+    """Classes of batch norm in the network whose statistics `over_processes` cannot share.
+
+    Those that calculate something of their own, such as timm's BatchNormAct2d, which torch's
+    SyncBatchNorm would replace without its activation.
+    """
+    return {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in SYNCHRONISED
+    }
+
+
 def over_processes(model: nn.Module) -> nn.Module:
     """The network as it is to be called in training: gradients, and the statistics of batch norm,
     are those of the whole batch. The model itself keeps its parameters and their names."""
@@ -104,7 +121,7 @@ def over_processes(model: nn.Module) -> nn.Module:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         for module in model.modules():
-            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if type(module) in SYNCHRONISED:
                 module.__class__ = _SynchronisedBatchNorm  # parameters, buffers and names stay
     return nn.parallel.DistributedDataParallel(model)
 
@@ -142,8 +159,9 @@ class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             # Centred first: E[x²] - E[x]² would lose what is small beside the mean.
             squares = (x - mean.view(shape)).square().sum(dims)
             variance = _SumOverProcesses.apply(squares) / count
-            scale = self.weight * (variance + self.eps).rsqrt()
-            normalised = (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+            normalised = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+            if self.affine:
+                normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -184,6 +184,7 @@ def train_method(
         shlex.join(["Models-evaluation.py", str(Path(args.output_dir) / args.dataset)]),
         shlex.join(["Network-distillation.py", "--teacher", *map(str, paths)]),
     )
+    distributed.end()
 
 
 def new_trial(
@@ -599,6 +600,12 @@ def _check_network(trial: Trial) -> None:
             f"images make batches of 1, but {trial.model_name} has batch norm, which needs the "
             "variance over a batch; 2 or more expected of both"
         )
+    unable = distributed.not_synchronised(model)
+    if processes > 1 and unable:
+        raise InputError(
+            f"{trial.model_name} has {', '.join(sorted(unable))}, whose statistics {processes} "
+            "processes cannot share; one process, or a network with torch's own batch norm expected"
+        )
     if model.network_size != model.input_shape[1:]:
         print("images are enlarged to {}x{} pixels for the network".format(*model.network_size))
 
@@ -795,7 +802,7 @@ def _final_metrics(trial: Trial, folder: Path) -> dict:
     validation = all_metrics(logits, labels, trial.ece_bins)
     for path in sorted({selection, kept}):
         checkpoint.update(path, temperature=temperature, metrics={"validation": validation})
-    network = checkpoint.load(kept, trial.device)
+    network = validator if kept == selection else checkpoint.load(kept, trial.device)
     result: dict = {
         "epoch": network.training["epoch"],
         "ece_bins": trial.ece_bins,
