@@ -1,10 +1,12 @@
 """The scripts, run as a user runs them."""
 
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def run(script: str, *arguments, status: int = 0) -> Finished:
 def run_here(script: str, *arguments) -> int | None:
     """Runs a script in this process, as importing torch takes long. Returns its exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    hook = sys.unraisablehook
+    hook, path = sys.unraisablehook, sys.path[:]
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -54,7 +56,7 @@ def run_here(script: str, *arguments) -> int | None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        sys.unraisablehook = hook
+        sys.unraisablehook, sys.path[:] = hook, path
     return ended.value.code
 
 
@@ -76,6 +78,56 @@ def refused(capsys):
         return lines[0]
 
     return call
+
+
+class Forks:
+    """Scripts in forks of one process. See fork_server.py for the options."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.server = subprocess.Popen(
+            [sys.executable, ROOT / "tests/fork_server.py"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, script: str, *arguments, **options) -> int:
+        """Returns the process id."""
+        request = {"argv": [script, *map(str, arguments)], "log": str(self.log), **options}
+        self.log.unlink(missing_ok=True)
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def end(self) -> int:
+        """Waits for the script started last. Returns its status, negative after a signal."""
+        return int(self.server.stdout.readline())
+
+    def run(self, script: str, *arguments, status: int = 0, **options) -> str:
+        """Runs a script, checks how it ended, and returns what it said."""
+        self.start(script, *arguments, **options)
+        assert self.end() == status, self.said
+        return self.said
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.said:
+            assert time.monotonic() < end, f"no {text!r} in: {self.said}"
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("log") / "log")
+    yield forks
+    forks.server.stdin.close()
+    assert forks.server.wait(timeout=60) == 0
 
 
 def files(folder: Path) -> dict[str, bytes]:

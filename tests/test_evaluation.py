@@ -1,13 +1,9 @@
 """Models-evaluation.py on checkpoints made by hand: what it reads, refuses, warns of and writes."""
 
-import runpy
-import signal
-import sys
-
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Finished
+from conftest import ROOT, Finished, run_here
 from torch.nn import functional as F
 
 from models import build_model
@@ -84,22 +80,14 @@ def runs(make, tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys, tmp_path):
+def evaluate(capsys, tmp_path):
     """Runs the script in this process: importing torch anew takes longer than its work."""
 
     def call(*arguments, status=0) -> Finished:
-        command = [SCRIPT, *map(str, arguments), "--output_dir", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu"])
         capsys.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with pytest.raises(SystemExit) as ended:
-                runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        ended = run_here(SCRIPT, *arguments, "--output_dir", tmp_path / "out", "--device", "cpu")
         said = capsys.readouterr()
-        assert (ended.value.code or 0) == status, said.err
+        assert (ended or 0) == status, said.err
         return Finished(status, said.out, said.err)
 
     return call

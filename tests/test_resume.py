@@ -1,7 +1,6 @@
 """A run that was stopped anywhere ends in the same bits as one that was not."""
 
 import itertools
-import json
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, files, start
+from conftest import ROOT, Forks, files, start
 
 from utils import checkpoint
 
@@ -26,56 +25,6 @@ SEARCH = (
     "--batch_size", 80, "--save_every", 1e-9, "--smoothing",
 )  # fmt: skip
 KILLS = 9  # of each kind of training, at random moments
-
-
-class Forks:
-    """Scripts in forks of one process. See fork_server.py for the options."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.server = subprocess.Popen(
-            [sys.executable, ROOT / "tests/fork_server.py"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.server.stdout.readline() == "ready\n"
-
-    def start(self, script: str, *arguments, **options) -> int:
-        """Returns the process id."""
-        request = {"argv": [script, *map(str, arguments)], "log": str(self.log), **options}
-        self.log.unlink(missing_ok=True)
-        print(json.dumps(request), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def end(self) -> int:
-        """Waits for the script started last. Returns its status, negative after a signal."""
-        return int(self.server.stdout.readline())
-
-    def run(self, script: str, *arguments, status: int = 0, **options) -> str:
-        """Runs a script, checks how it ended, and returns what it said."""
-        self.start(script, *arguments, **options)
-        assert self.end() == status, self.said
-        return self.said
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def wait_for(self, text: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while text not in self.said:
-            assert time.monotonic() < end, f"no {text!r} in: {self.said}"
-            time.sleep(0.002)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("log") / "log")
-    yield forks
-    forks.server.stdin.close()
-    assert forks.server.wait(timeout=60) == 0
 
 
 def outcome(folder: Path) -> dict[str, bytes]:

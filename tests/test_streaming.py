@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, files
 from matplotlib.figure import Figure
 from PIL import Image
-from test_resume import Forks, assert_same_outcome, assert_stopped
+from test_resume import assert_same_outcome, assert_stopped
 
 from utils import data_loader, image_files, inspector
 from utils.checkpoint import read_tensors
@@ -54,14 +54,6 @@ def write_folder(folder: Path, train: int, test: int, height: int = 8, width: in
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("images"), 300, 80)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("log") / "log")
-    yield forks
-    forks.server.stdin.close()
-    assert forks.server.wait(timeout=60) == 0
 
 
 def load(folder: Path, mode: str, workers: int | None = 2, image_size: int | None = None):

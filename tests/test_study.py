@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import pytest
-from conftest import ROOT, same_bits, start
+from conftest import ROOT, run_here, same_bits, start
 from optuna.trial import TrialState
 
 from utils import study
@@ -91,23 +90,14 @@ def postgresql():
 
 
 @pytest.fixture
-def here(monkeypatch, capfd):
+def here(capfd):
     """Runs the study in this process, as importing torch takes longer than a small study."""
 
     def call(*arguments, status: int = 0) -> str:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        hook, path = sys.unraisablehook, sys.path[:]
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
         capfd.readouterr()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            sys.unraisablehook, sys.path[:] = hook, path
+        ended = run_here(SCRIPT, *arguments)
         out, err = capfd.readouterr()
-        assert (ended.value.code or 0) == status, out + err
+        assert (ended or 0) == status, out + err
         return out + err
 
     return call
