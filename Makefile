@@ -39,8 +39,8 @@ results: $(TABLES)
 	$(RUN) results/parity.py
 
 STUDY := $(RUN) Hyperparameter-study.py --dataset fashionmnist --seeds 0 1 2
-EVALUATE := $(RUN) Models-evaluation.py --bootstrap 1000 --compare --plots \
-	--tsne_classes Shirt Pullover Sneaker
+EVALUATE := $(RUN) Models-evaluation.py --tsne_classes Shirt Pullover Sneaker --compare \
+	--plots --bootstrap 1000
 ILS_README := vanilla label-smoothing instance-based "instance-based --variant scores"
 
 gaussians: $(VENV)/installed

@@ -1,8 +1,12 @@
 """The page of published and measured numbers says what the measured tables say."""
 
+import re
 import runpy
+import shlex
+import subprocess
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, run_here
 
 
 def test_the_tables_of_the_page_are_those_of_the_results():
@@ -17,3 +21,17 @@ def test_a_measured_number_stands_beside_its_published_one_with_z():
     assert {"LR paper", "ILS appendix"} <= set(measured["source"])
     expected = (measured["mean"] - measured["published"].astype(float)) / measured["std"]
     assert (measured["z"] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("target", ["simple-dense-lr", "students", "densenet", "resnet18"])
+def test_the_commands_of_a_target_are_taken(target, capfd):
+    """All but those that train. What they read is not there: they say so, of the right folder."""
+    make = ["make", "--dry-run", "--directory", ROOT, target]
+    said = subprocess.run(make, check=True, capture_output=True, text=True).stdout
+    script = r"(?:Models-evaluation|Network-distillation)\.py [^&|;\n]+"
+    commands = re.findall(script, said.replace("\\\n", " "))
+    assert commands
+    for command in commands:
+        capfd.readouterr()
+        assert run_here(*shlex.split(command.replace("$by", "none").replace("$T", "1"))) == 2
+        assert "no checkpoint runs/" in capfd.readouterr().err
