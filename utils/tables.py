@@ -117,7 +117,9 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     is_student = test["teacher"].isin(test["weights"])
     students = test[is_student & (test["scaling"] == "no")]
     students = students.assign(student=students["model"] + students["student_setting"])
-    taught = students.groupby(["teacher", "teacher_scaling", "student"], as_index=False).agg(
+    taught = students.groupby(
+        ["teacher", "teacher_scaling", "student"], as_index=False, sort=False
+    ).agg(
         **{f"student_{metric}": (metric, "mean") for metric in STUDENT_METRICS},
         student_weights=("weights", list),
     )
