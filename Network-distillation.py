@@ -46,7 +46,7 @@ def make_loss(trial, alpha, temperature):
     return loss
 
 
-def student_trial(args, teacher, scaled: bool) -> Trial:
+def student_trial(args, teacher) -> Trial:
     """The teacher's data set and split, and its seed unless --seed says otherwise."""
     arguments.check_streaming(args, {teacher.data["dataset"]})
     data, _ = data_loader.reload(
@@ -62,7 +62,7 @@ def student_trial(args, teacher, scaled: bool) -> Trial:
         teacher.data["tr_size"],
         teacher.data["image_size"],
     )
-    trial.teacher, trial.teacher_use = teacher, {"scaled": scaled}
+    trial.teacher = teacher
     return trial
 
 
@@ -116,9 +116,10 @@ def main() -> None:
             continue
         print(f"\nteacher: {path}")
         args = arguments.settle(given, "distillation", teacher.data["dataset"], given.student)
+        trial = student_trial(args, teacher)
+        warn_of_leak(teacher, trial.data, trial.splits)
         for scaled in {"no": [False], "yes": [True], "both": [False, True]}[args.scale_teacher]:
-            trial = student_trial(args, teacher, scaled)
-            warn_of_leak(teacher, trial.data, trial.splits)
+            trial.teacher_use = {"scaled": scaled}  # the same trial: the teacher is asked once
             method = f"distilled-{teacher.model.name}-{teacher.training['method']}"
             method += "-scaled" if scaled else ""
             train_trial(trial, method, requested_values(args), make_loss)

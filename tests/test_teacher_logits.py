@@ -4,7 +4,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 from models import MODELS, build_model
 from utils import data_loader, training
@@ -109,6 +109,23 @@ def test_a_teacher_is_asked_for_every_batch_where_images_are_cropped(digits, tmp
 def test_one_epoch_of_flips_asks_live_as_half_of_the_answers_would_be_in_vain(digits, tmp_path):
     asked = Asked(digits, tmp_path, "--epochs", 1, "--augment", "flip")
     assert asked.search([0.1]) == 144
+
+
+def test_both_students_of_a_teacher_share_its_answers(tmp_path, monkeypatch):
+    made = []
+
+    class Counted(StoredLogits):
+        def __init__(self, *arguments) -> None:
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(training, "StoredLogits", Counted)
+    flags = ("--epochs", 2, "--batch_size", 64, "--output_dir", tmp_path)
+    assert not run_here("Vanilla-cross-entropy.py", "--model", "simple_dense", *flags)
+    student = ("--student", "simple_dense")
+    assert not run_here("Network-distillation.py", "--teacher", tmp_path, *student, *flags)
+    assert len(made) == 1
+    assert len(list(tmp_path.glob("digits/simple_dense/distilled-*/seed0/best.pt"))) == 2
 
 
 def test_an_image_that_the_teacher_was_not_asked_about_is_an_error(digits):
