@@ -108,6 +108,13 @@ def make_parser() -> Parser:
         "taken up by another (default: %(default)s)",
     )
     add(
+        "--keep_candidates",
+        metavar="DIR",
+        help="train there what is selected from, and keep it: another study, with an --output_dir "
+        "of its own and another --select_by, can select from the same trainings (default: they are "
+        "below --output_dir, and removed when one is selected)",
+    )
+    add(
         "--distil",
         metavar="STUDENT",
         help="distil what was selected into this network; in quotes with flags of "
@@ -136,6 +143,9 @@ def main() -> int:
             "started by torchrun, but a study's workers each train by themselves; start the same "
             "command several times instead"
         )
+    keep = args.keep_candidates
+    if keep and Path(keep).resolve() == Path(args.output_dir).resolve():
+        raise InputError(f"--keep_candidates {keep} is the --output_dir, another folder expected")
     methods = read_methods(args.methods, args)
     if args.params == "published":  # which is the same for all of them
         settled = vars(methods[0][0].args)

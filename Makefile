@@ -46,12 +46,12 @@ ILS_README := vanilla label-smoothing instance-based "instance-based --variant s
 gaussians: $(VENV)/installed
 	$(RUN) Synthetic-study.py --output_dir results/gaussians
 
-# The LR paper's protocol, with 10 of its 50 epochs.
+# The LR paper's protocol; both selections are from the same trainings.
 simple-dense-lr: $(VENV)/installed-dev
 	for by in accuracy ece; do \
-	  $(STUDY) --model simple_dense --params published --epochs 10 --milestones 6 --select_by $$by \
+	  $(STUDY) --model simple_dense --params published --select_by $$by \
 	    --methods vanilla label-smoothing label-relaxation focal confidence-penalty \
-	    --output_dir runs/simple-dense-lr/$$by && \
+	    --keep_candidates runs/simple-dense-lr/kept --output_dir runs/simple-dense-lr/$$by && \
 	  $(EVALUATE) --ece_bins 15 runs/simple-dense-lr/$$by/fashionmnist \
 	    --output_dir results/fashionmnist-simple-dense-lr/$$by || exit; \
 	done

@@ -204,6 +204,28 @@ def test_two_workers_share_a_sqlite_file_and_stop_and_start_at_will(here, withou
     assert " trial " not in again
 
 
+def test_two_studies_select_from_the_same_trainings(here, without_tables, tmp_path):
+    flags = (*SMALL, "--methods", "label-smoothing --smoothing 0.1 0.9", "--epochs", 2)
+    flags = (*flags, "--protocol", "lr", "--select_by")
+    kept = ("--keep_candidates", tmp_path / "kept")
+    place = "digits/simple_dense/label-smoothing/seed0"
+    trained, found = {}, {}
+    for by in ("accuracy", "ece"):
+        out = here(*flags, by, *kept, "--output_dir", tmp_path / by)
+        trained[by] = out.count("validation log loss")  # once an epoch of what is selected from
+        found[by] = pd.read_csv(tmp_path / by / place / "search.csv").set_index("smoothing")
+    assert trained == {"accuracy": 4, "ece": 0}
+    chosen = {by: table.pop("selected").idxmax() for by, table in found.items()}
+    assert found["accuracy"].equals(found["ece"])
+    assert chosen["accuracy"] == found["ece"]["validation_accuracy"].idxmax()
+    assert chosen["ece"] == found["ece"]["validation_ece"].idxmin()
+    assert len([*(tmp_path / "kept" / place / "candidates").iterdir()]) == 2
+    here(*flags, "ece", "--output_dir", tmp_path / "alone")
+    assert same_bits(*(tmp_path / study / place / "best.pt" for study in ("ece", "alone")))
+    error = here(*flags, "ece", *kept, "--output_dir", tmp_path / "kept", status=2)
+    assert "is the --output_dir, another folder expected" in error
+
+
 def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(
     here, without_tables, tmp_path
 ):

@@ -3,7 +3,7 @@
 A study is made of searches: one for each method and seed, each an Optuna study of its own in one
 storage. All trials of a search are planned before the first is trained, as waiting trials: with a
 grid their values too, otherwise the sampler gives them when the trial is taken. A worker takes a
-waiting trial, trains it in `candidates/` of the run's folder, tells the result, and takes the next;
+waiting trial, trains it in a folder of its own, tells the result, and takes the next;
 who finds a search without any left selects and finishes it (`training.train_trial`).
 
 Two things keep workers apart. A file lock in the run's folder orders what changes a search's plan,
@@ -160,9 +160,17 @@ class Search:
 
     @property
     def folder(self) -> Path:
-        args = self.method.args
-        name = args.model
-        return Path(args.output_dir, self.data.name, name, self.method.name, f"seed{self.seed}")
+        return self._folder_in(self.options.output_dir)
+
+    @property
+    def candidates(self) -> Path:
+        """Where the trainings are: until one is selected, or for good and for other studies."""
+        place = self.options.keep_candidates or self.options.output_dir
+        return self._folder_in(place) / "candidates"
+
+    def _folder_in(self, place: str) -> Path:
+        model, method = self.options.model, self.method.name
+        return Path(place, self.data.name, model, method, f"seed{self.seed}")
 
     @property
     def name(self) -> str:
@@ -309,7 +317,7 @@ class Search:
             with contextlib.suppress(UpdateFinishedTrialError):
                 self.study.tell(trial, error, state, skip_if_finished=True)
             for tracker in self.trackers:
-                tracker.end(said, self.folder / "candidates" / combination_name(values))
+                tracker.end(said, self.candidates / combination_name(values))
 
     def _suggest(self, trial: optuna.Trial) -> dict:
         # A function of seed and point, whoever asks: two workers must not draw the same.
@@ -327,11 +335,11 @@ class Search:
 
     def _follow(self, trial: optuna.Trial, values: dict) -> dict:
         """Trains, and reports each epoch. Returns the epoch that is kept and its metrics."""
-        method, candidates, waits = self.method, self.folder / "candidates", False
+        method, waits = self.method, False
         while True:
             try:
                 training = train_candidate(
-                    _trial(self), method.name, values, method.make_loss, candidates
+                    _trial(self), method.name, values, method.make_loss, self.candidates
                 )
                 with contextlib.closing(training):
                     return self._watch(trial, training)
@@ -370,11 +378,11 @@ class Search:
             return True
         distinct = {combination_name(values): values for values in combinations}
         method, requested = self.method, requested_values(self.method.args)
-        place = self.folder / "candidates"
         try:
             train_trial(
-                _trial(self), method.name, requested, method.make_loss, [*distinct.values()], place
-            )
+                _trial(self), method.name, requested, method.make_loss,
+                [*distinct.values()], self.candidates,
+            )  # fmt: skip
         except InUse:
             return False
         return True
