@@ -162,7 +162,7 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
 
 
 def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
-    """Four rows: the validation and the test split, without and with temperature scaling."""
+    """Validation (but with --protocol lr) and test split, without and with temperature scaling."""
     training, teacher = evaluated.training, evaluated.teacher or {}
     about = {
         "checkpoint": str(evaluated.path),

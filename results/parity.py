@@ -3,17 +3,22 @@
     python results/parity.py
 
 reads published.csv, in which a row is a published number, and the results.csv of the measured
-tables, and replaces what stands between the marks in docs/results.md. Of a number that has not been
-measured the place stays empty.
+tables, and replaces what stands between the marks in docs/results.md and, for Fashion-MNIST, in the
+README. Of a number that has not been measured the place stays empty.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "results.md"
+# The pages, and which rows of published.csv each shows.
+PAGES = {
+    HERE.parent / "docs" / "results.md": lambda row: True,
+    HERE.parent / "README.md": lambda row: row["dataset"] == "fashionmnist",
+}
 MARKS = "<!-- tables: python results/parity.py -->\n", "<!-- end of tables -->\n"
 CELL = ["source", "dataset", "model", "method", "selected_by", "scaling"]
 METRICS = {
@@ -100,11 +105,11 @@ def text(row: pd.Series) -> str:
     return said
 
 
-def tables() -> str:
-    """One Markdown table for each source: published / ours."""
+def tables(shown: Callable[[pd.Series], bool]) -> str:
+    """One Markdown table for each source, of the rows shown: published / ours."""
     parts = []
     compared = compare()
-    for source, rows in compared.groupby("source", sort=False):
+    for source, rows in compared[compared.apply(shown, axis=1)].groupby("source", sort=False):
         cells = rows.assign(text=rows.apply(text, axis=1)).pivot_table(
             "text", CELL, "metric", aggfunc="first", sort=False
         )
@@ -123,11 +128,12 @@ def tables() -> str:
     return "".join(parts)
 
 
-def replaced(page: str) -> str:
-    before, rest = page.split(MARKS[0])
+def replaced(text: str, shown: Callable[[pd.Series], bool]) -> str:
+    before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    return before + MARKS[0] + "\n" + tables() + MARKS[1] + after
+    return before + MARKS[0] + "\n" + tables(shown) + MARKS[1] + after
 
 
 if __name__ == "__main__":
-    PAGE.write_text(replaced(PAGE.read_text()))
+    for page, shown in PAGES.items():
+        page.write_text(replaced(page.read_text(), shown))

@@ -408,8 +408,8 @@ def add_hyper_parameter(
 ) -> None:
     """A flag of the method that takes one value, or several to choose from.
 
-    Each combination of several values is trained; the one with the lowest validation log loss is
-    kept.
+    Each combination of several values is trained; the one that is best on the validation split by
+    --select_by is kept.
     """
     parser.add_argument(
         flag,

@@ -50,7 +50,10 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
     teacher = checkpoint.load(path, trial.device)
     check_teacher(teacher, trial.data)
     warn_of_leak(teacher, trial.data, trial.splits)
-    print(f"teacher: {path}")
+    there = teacher.training["recipe"]
+    differs = [key for key, here in trial.recipe.items() if there.get(key) != here]
+    otherwise = ", ".join(f"{key} {there.get(key)}" for key in differs)
+    print(f"teacher: {path}" + f", trained with {otherwise}" * bool(differs))
     return teacher
 
 
