@@ -17,12 +17,12 @@ CPU:   python Hyperparameter-study.py --dataset digits --model simple_dense --ep
 plan:  python Hyperparameter-study.py --dataset cifar10 --model resnet18 --seeds 0 1 2 --dry_run
 """
 
-import os
 import sys
 from pathlib import Path
 
 from utils import arguments, data_loader
 from utils.arguments import Parser, one_of, positive_int, training_parser
+from utils.distributed import refuse_torchrun
 from utils.errors import InputError, run
 from utils.methods import GRIDS, PRUNERS, SAMPLERS, read_methods
 
@@ -138,11 +138,9 @@ def make_parser() -> Parser:
 def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(
-            "started by torchrun, but a study's workers each train by themselves; start the same "
-            "command several times instead"
-        )
+    refuse_torchrun(
+        "a study's workers each train by themselves; start the same command several times instead"
+    )
     keep = args.keep_candidates
     if keep and Path(keep).resolve() == Path(args.output_dir).resolve():
         raise InputError(f"--keep_candidates {keep} is the --output_dir, another folder expected")

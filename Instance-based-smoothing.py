@@ -31,7 +31,7 @@ from utils.arguments import (
     positive_float,
     training_parser,
 )
-from utils.errors import run
+from utils.errors import InputError, run
 from utils.inference import collect_logits
 from utils.losses import FACTORS, VARIANTS, class_average_logits, instance_based_smoothing_loss
 from utils.teacher import find_or_train_teacher
@@ -42,7 +42,10 @@ def make_loss(trial, variant, **hyper_parameters):
     if variant == "class":
         logits, labels = collect_logits(trial.teacher.model, trial.data, trial.splits.train)
         temperature = hyper_parameters["temperature"]
-        averages = class_average_logits(logits, labels, logits.shape[1], temperature)
+        try:
+            averages = class_average_logits(logits, labels, logits.shape[1], temperature)
+        except ValueError as error:  # a class without images
+            raise InputError(f"--variant class, in the training split: {error}") from None
         averages = averages.to(trial.device)
     scaling = trial.teacher.temperature if variant in ("ils1", "ils") else 1.0
 

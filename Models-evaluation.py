@@ -23,21 +23,23 @@ from utils.arguments import (
     Parser,
     add_evaluation_flags,
     check_streaming,
-    non_negative_int,
+    resamples,
     streaming,
 )
+from utils.distributed import refuse_torchrun
 from utils.errors import InputError, run
 from utils.evaluate import all_metrics, calibrated_ece_by_chance
 from utils.inference import Evaluated, evaluate_checkpoint
 
 
 def main() -> int:
+    refuse_torchrun("evaluation is of one process")
     args = parse_arguments()
     networks, left_out = evaluate_all(args)
     check_streaming(args, {network.data["dataset"] for network in networks})
     results = pd.DataFrame([row for net in networks for row in tidy_rows(net, args.ece_bins)])
     # The same network given twice, as a file and in its folder, is still one seed.
-    results = results.drop_duplicates(["weights", "training", "split", "scaling"])
+    results = results.drop_duplicates(["weights", "training", "recipe", "split", "scaling"])
     comparison.check_test_images(results)
     rows = tables.with_students(results)
 
@@ -92,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--bootstrap",
-        type=non_negative_int,
+        type=resamples,
         default=0,
         metavar="N",
         help="95 %% intervals from N resamples of test images and seeds, 1000 or more; 0 is off "
@@ -151,11 +153,8 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
             tqdm.write(f"left out: {' '.join(reason.split())}", file=sys.stderr)
     if not networks:
         raise InputError(f"none of the {len(paths)} checkpoints could be evaluated")
-    found = {network.weights_hash: network for network in networks}
     for network in networks:
-        leak = comparison.teacher_warning(
-            network, found, args.data_dir, args.device, streaming(args)
-        )
+        leak = comparison.teacher_warning(network, args.data_dir, args.device, streaming(args))
         for warning in [*network.warnings, *filter(None, [leak])]:
             print(f"warning: {network.path}: {warning}", file=sys.stderr)
     return networks, len(paths) - len(networks)
@@ -164,6 +163,14 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
 def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
     """Validation (but with --protocol lr) and test split, without and with temperature scaling."""
     training, teacher = evaluated.training, evaluated.teacher or {}
+    # All by which runs of one method and hyper-parameters may differ, but for the seed.
+    choice = any(len(values) > 1 for values in training["requested"].values())
+    guided = teacher and not evaluated.is_student
+    recipe = training["recipe"] | {
+        "image_size": evaluated.data["image_size"],
+        "select_by": training.get("select_by") if choice else None,
+        "teacher": f"{teacher['model']} {teacher['method']}" if guided else None,
+    }
     about = {
         "checkpoint": str(evaluated.path),
         "dataset": evaluated.data["dataset"],
@@ -171,7 +178,7 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
         "training": tables.setting(training["method"], training["requested"]),
         "method": training["method"],
         "hyper_parameters": json.dumps(training["hyper_parameters"]),
-        "recipe": json.dumps(training["recipe"]),
+        "recipe": json.dumps(recipe),
         "seed": training["seed"],
         "epoch": training["epoch"],
         "test_images": evaluated.data["splits"]["test"],

@@ -12,6 +12,7 @@ CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vani
 """
 
 import shlex
+from pathlib import Path
 
 from models import MODELS
 from utils import arguments, checkpoint, data_loader, distributed
@@ -23,9 +24,9 @@ from utils.arguments import (
     positive_float,
     training_parser,
 )
-from utils.errors import run
+from utils.errors import InputError, run
 from utils.losses import distillation_terms
-from utils.teacher import warn_of_leak
+from utils.teacher import check_leak
 from utils.training import Trial, new_trial, requested_values, train_trial
 
 
@@ -110,19 +111,26 @@ def main() -> None:
     given = parser.parse_args()
     given.device = distributed.start(given.device)
 
+    named, taught = {*map(Path, given.teacher)}, False
     for path in checkpoint.find(given.teacher):
         teacher = checkpoint.load(path, given.device)
-        if teacher.is_student and str(path) not in given.teacher:
+        if teacher.is_student and path not in named:
             continue
+        taught = True
         print(f"\nteacher: {path}")
         args = arguments.settle(given, "distillation", teacher.data["dataset"], given.student)
         trial = student_trial(args, teacher)
-        warn_of_leak(teacher, trial.data, trial.splits)
+        check_leak(teacher, trial.data, trial.splits)
         for scaled in {"no": [False], "yes": [True], "both": [False, True]}[args.scale_teacher]:
             trial.teacher_use = {"scaled": scaled}  # the same trial: the teacher is asked once
             method = f"distilled-{teacher.model.name}-{teacher.training['method']}"
             method += "-scaled" if scaled else ""
             train_trial(trial, method, requested_values(args), make_loss)
+    if not taught:
+        raise InputError(
+            f"--teacher {' '.join(given.teacher)} holds students only, and students teach when "
+            "their best.pt is named; that, or a folder with a network of a training script expected"
+        )
     print("\nNext, see teachers and students side by side:")
     arguments.print_next(given, shlex.join(["Models-evaluation.py", given.output_dir]))
     distributed.end()

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from utils import checkpoint, losses, smoothing_curves, synthetic
 from utils.arguments import (
     Parser,
+    bins,
     non_negative_float,
     non_negative_int,
     number,
@@ -150,7 +151,7 @@ def parse_arguments():
     add("--estop", type=non_negative_int, default=10, metavar="N",
         help="epochs without a better validation log loss before a network's training stops; 0 "
         "turns it off (default: %(default)s)")  # fmt: skip
-    add("--ece_bins", type=positive_int, default=15, metavar="N",
+    add("--ece_bins", type=bins, default=15, metavar="N",
         help="equal-width bins of the calibration errors (default: %(default)s)")  # fmt: skip
     add("--curve_bins", type=non_negative_int, default=10, metavar="N",
         help="bins of the teacher's probability in the smoothing-factor curves; 0 leaves the "

@@ -149,6 +149,13 @@ def same_bits(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def pytest_configure(config):
+    """All but `pytest -m cuda` is of the CPU: the scripts would take a GPU by themselves, and what
+    is promised of its bits and digits is less."""
+    if "cuda" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

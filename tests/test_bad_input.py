@@ -60,11 +60,11 @@ def refuses(refused, tmp_path):
 SHARED = {
     "--lr": ["0", "-1", "nan", "inf", "fast"],
     "--weight_decay": ["-1", "nan", "inf", "none"],
-    "--batch_size": ["0", "-1", "1.5", "many"],
+    "--batch_size": ["0", "-1", "1.5", "many", "9" * 20],
     "--epochs": ["0", "-3", "1e3", "nan"],
     "--estop": ["-1", "0.5"],
     "--seed": ["-1", "1.5", "9" * 30],
-    "--ece_bins": ["0", "-5", "ten"],
+    "--ece_bins": ["0", "-5", "ten", "9" * 12],
     "--save_every": ["-1", "nan", "inf"],
     "--optimizer": ["adamm", ""],
     "--schedule": ["cosin"],
@@ -103,7 +103,11 @@ OF_ONE = {
         "--student": ["shallow"],
         "--scale_teacher": ["maybe"],
     },
-    EVALUATION: {"--ece_bins": SHARED["--ece_bins"], "--device": SHARED["--device"]},
+    EVALUATION: {
+        "--ece_bins": SHARED["--ece_bins"],
+        "--bootstrap": ["-1", "some", "9" * 13],
+        "--device": SHARED["--device"],
+    },
 }
 FLAGS = [
     (script, flag, value)
@@ -328,7 +332,15 @@ def sound() -> dict:
             "splits": data_loader.split(data, 0.8, 0).hashes(),
             "normalisation": {"mean": [0.3], "std": [0.4]},
         },
-        teacher={"weights": "0" * 64, "model": "resnet18", "method": "vanilla", "seed": 0},
+        teacher={
+            "weights": "0" * 64,
+            "model": "resnet18",
+            "method": "vanilla",
+            "trained_on": "train",
+            "seed": 0,
+            "protocol": "ils",
+            "tr_size": 0.8,
+        },
         temperature=1.5,
         metrics={"validation": {"log_loss": 2.3}},
     )
@@ -483,7 +495,8 @@ FIELDS = (
     *("data.classes", "data.image_size", "data.tr_size", "data.seed", "data.fingerprint"),
     *("data.splits", "data.splits.train", "data.splits.validation", "data.splits.test"),
     *("data.normalisation", "data.normalisation.mean", "data.normalisation.std"),
-    *("teacher", "teacher.weights", "temperature", "metrics", "metrics.validation"),
+    *("teacher", "teacher.weights", "teacher.method", "teacher.trained_on", "teacher.tr_size"),
+    *("temperature", "metrics", "metrics.validation"),
 )
 
 

@@ -56,8 +56,8 @@ def test_other_test_images_are_refused_within_a_seed_and_allowed_between_seeds()
 def test_images_that_the_teacher_has_seen_are_counted():
     teacher = Splits(torch.tensor([0, 1, 2, 7]), torch.tensor([3]), torch.tensor([9]))
     student = Splits(torch.tensor([3, 4]), torch.tensor([0, 2, 5]), torch.tensor([7, 8]))
-    assert comparison.images_seen(teacher.train, student) == (2, 1)
-    assert comparison.images_seen(teacher.train, teacher) == (0, 0)
+    assert student.seen(teacher.train) == (2, 1)
+    assert teacher.seen(teacher.train) == (0, 0)
 
 
 # --------------------------------------------------------------------------------------- bootstrap

@@ -12,6 +12,9 @@ from utils.evaluate import calibrated_ece_by_chance
 
 SCRIPT = "Models-evaluation.py"
 
+TEACHER = {"weights": "0" * 64, "model": "shallownet", "method": "vanilla", "trained_on": "train"}
+TEACHER |= {"seed": 5, "protocol": "ils", "tr_size": 0.8}
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -74,7 +77,7 @@ def runs(make, tmp_path_factory):
     for seed in (0, 1):
         weights = make(folder / f"vanilla/seed{seed}/best.pt", "vanilla", seed)
         make(folder / f"ls/seed{seed}/best.pt", "label-smoothing", seed, smoothing=0.3)
-        about = {"weights": weights, "seed": seed, "scaled": False}
+        about = TEACHER | {"weights": weights, "seed": seed, "scaled": False}
         make(folder / f"student/seed{seed}/best.pt", "distilled_of", seed, teacher=about)
     return folder
 
@@ -250,31 +253,46 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_the_others_are_evaluated(
     assert alone.count("\n") == 1
 
 
+def test_what_runs_of_one_setting_differ_in_tells_them_apart(evaluate, make, tmp_path):
+    several = {"requested": {"smoothing": [0.1, 0.2]}}
+    for by in ("ece", "accuracy"):
+        make(tmp_path / f"runs/{by}/best.pt", "ls", **several, select_by=by)
+    make(tmp_path / "runs/one/best.pt", "vanilla", select_by="ece")
+    make(tmp_path / "runs/two/best.pt", "vanilla", seed=1, select_by="accuracy")
+    other = TEACHER | {"method": "focal"}
+    for number, teacher in enumerate((TEACHER, other)):
+        make(tmp_path / f"runs/ib{number}/best.pt", "ib", data_seed=5, teacher=teacher)
+    evaluate(tmp_path / "runs")
+    assert list(pd.read_csv(tmp_path / "out/summary.csv")["training"].unique()) == [
+        "ls, smoothing 0.1 or 0.2, select_by accuracy",
+        "ls, smoothing 0.1 or 0.2, select_by ece",
+        "ib, teacher shallownet vanilla",
+        "ib, teacher shallownet focal",
+        "vanilla",  # where nothing was selected it does not matter by what
+    ]
+
+
 def test_a_teacher_that_saw_the_validation_images_is_warned_of(evaluate, make, digits, tmp_path):
     runs = tmp_path / "runs"
-    teacher = make(runs / "teacher/best.pt", "vanilla", seed=5)
-    about = {"weights": teacher, "seed": 5}
-    make(runs / "student/best.pt", "instance", seed=6, teacher=about)
-    make(runs / "fine/best.pt", "instance", seed=7, data_seed=5, teacher=about)
+    make(runs / "student/best.pt", "instance", seed=6, teacher=TEACHER)
+    make(runs / "fine/best.pt", "instance", seed=7, data_seed=5, teacher=TEACHER)
     said = evaluate(runs)
     (line,) = [line for line in said.err.splitlines() if "teacher" in line.partition("warning")[2]]
     splits = [data_loader.split(digits, 0.8, seed) for seed in (5, 6)]
     seen = len(set(splits[0].train.tolist()) & set(splits[1].validation.tolist()))
-    assert f"{runs}/student/best.pt: its teacher {runs}/teacher/best.pt" in line
+    assert f"{runs}/student/best.pt: its teacher, vanilla of seed 5," in line
     assert f"trained on {seen} of its {len(splits[1].validation)} validation images" in line
-    # Without the teacher at hand, its seed says enough.
-    said = evaluate(runs / "student/best.pt")
-    assert "not among these checkpoints, is of seed 5 and it of seed 6" in said.err
 
 
-def test_a_teacher_that_saw_the_test_images_is_refused(evaluate, make, monkeypatch, tmp_path):
-    teacher = make(tmp_path / "runs/teacher/best.pt", "vanilla", seed=5)
-    about = {"weights": teacher, "seed": 5}
-    make(tmp_path / "runs/student/best.pt", "instance", seed=6, teacher=about)
-    monkeypatch.setattr(comparison, "images_seen", lambda teacher, student: (3, 2))
-    said = evaluate(tmp_path / "runs", status=2)
-    assert "student/best.pt has a teacher" in said.err
-    assert "2 of its 360 test images" in said.err
+def test_a_teacher_that_saw_the_test_images_is_refused(evaluate, make, digits, tmp_path):
+    teacher = TEACHER | {"protocol": "lr", "trained_on": "train+validation"}
+    make(tmp_path / "student/best.pt", "instance", seed=5, teacher=teacher)
+    said = evaluate(tmp_path / "student/best.pt", status=2)
+    theirs = data_loader.split(digits, 0.8, 5, "lr")
+    _, seen = data_loader.split(digits, 0.8, 5).seen(theirs.of("train+validation"))
+    assert seen > 0
+    assert "student/best.pt has a teacher, vanilla of seed 5, that was trained on" in said.err
+    assert f"{seen} of its 360 test images" in said.err
 
 
 def test_different_test_images_of_one_seed_are_not_compared(evaluate, runs, monkeypatch, tmp_path):

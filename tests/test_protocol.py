@@ -55,6 +55,19 @@ def test_the_teacher_has_not_seen_what_its_pupils_are_selected_on(runs):
     assert "warning" not in said
 
 
+def test_a_teacher_that_has_seen_test_images_is_refused(runs, refused):
+    folder, _ = runs
+    teacher = folder / "runs/digits/simple_dense/vanilla/seed0/best.pt"
+    flags = ("--model", "simple_dense", "--output_dir", folder / "leak", "--teacher", teacher)
+    error = refused("Instance-based-smoothing.py", *flags)
+    assert f"the teacher {teacher} was trained on" in error
+    assert "of the 360 test images of this run" in error
+    student = ("--seed", 1, "--output_dir", folder / "leak")
+    error = refused("Network-distillation.py", "--teacher", teacher, *student)
+    assert "test images of this run" in error
+    assert not (folder / "leak").exists()
+
+
 def test_the_evaluation_takes_the_temperature_of_the_network_selected(runs):
     folder, _ = runs
     run("Models-evaluation.py", folder / "runs", "--output_dir", folder / "tables")

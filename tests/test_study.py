@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, run_here, same_bits, start
 from optuna.trial import TrialState
 
-from utils import study
+from utils import checkpoint, methods, study
 from utils.methods import Range
 
 SCRIPT = "Hyperparameter-study.py"
@@ -260,8 +260,18 @@ def test_a_range_is_sampled_as_often_as_asked_for(here, without_tables, tmp_path
     assert best.value == pytest.approx(1 - best.user_attrs["validation_accuracy"])
     table = pd.read_csv(tmp_path / "digits/simple_dense/label-smoothing/seed0/search.csv")
     assert len(table) == 3
+    kept = checkpoint.load(tmp_path / "digits/simple_dense/label-smoothing/seed0/best.pt")
+    assert kept.training["requested"] == {"smoothing": ["0.001..0.9:log"]}
+    assert kept.training["select_by"] == "accuracy"
     chosen = table[table["selected"]].iloc[0]
     assert chosen["validation_accuracy"] == best.user_attrs["validation_accuracy"]
+
+
+def test_a_path_is_no_range():
+    words = ["--teacher", "../runs/../best.pt", "a..b", "--gamma", "0.1..2:log", "1e-3..1"]
+    plain, logarithmic = methods._take_ranges(words)
+    assert plain == [*words[:4], "0.1", "2", "1e-3", "1"]
+    assert logarithmic == {"gamma": False}
 
 
 def test_a_training_that_falls_behind_is_pruned_and_not_selected(here, without_tables, tmp_path):

@@ -40,6 +40,7 @@ def test_a_setting_in_words():
     assert tables.setting("vanilla", {}) == "vanilla"
     requested = {"variant": ["ils"], "smoothing": [0.1, 0.05], "temperature": [1.0]}
     assert tables.setting("ils", requested) == "ils, smoothing 0.1 or 0.05, temperature 1"
+    assert tables.setting("own", {"smoothing": ["0.1..0.3"]}) == "own, smoothing 0.1..0.3"
 
 
 def test_recipes_that_differ_are_told_apart():
@@ -47,6 +48,28 @@ def test_recipes_that_differ_are_told_apart():
     summary = summary_of(row("a", 0, 0.5), row("b", 0, 0.7, recipe=other))
     assert set(summary["training"]) == {"vanilla, lr 0.1", "vanilla, lr 0.01"}
     assert list(summary["seeds"]) == [1, 1]
+
+
+def test_a_student_of_some_seeds_leaves_the_row_of_all_of_them():
+    taught = student("s", 0, 0.9, teacher="a")
+    summary = summary_of(row("a", 0, 0.2), row("b", 1, 0.4), taught)
+    assert (summary["seeds"].item(), summary["student_seeds"].item()) == (2, 1)
+    assert summary["ece_mean"].item() == pytest.approx(0.3)
+    assert summary["student_ece_mean"].item() == 0.9
+    for shown in (tables.MAIN, tables.STUDENTS):
+        cells = tables.summary_cells(summary, shown)
+        assert (cells["Seeds"].item(), cells["Student seeds"].item()) == ("2", "1")
+
+
+def test_students_that_were_trained_differently_are_told_apart():
+    other = json.dumps({"lr": 0.01})
+    taught = student("s", 0, 0.9, teacher="a"), student("t", 0, 0.1, teacher="a", recipe=other)
+    summary = summary_of(row("a", 0, 0.2), *taught)
+    found = dict(zip(summary["student"], summary["student_ece_mean"], strict=True))
+    assert found == {
+        "shallownet, alpha 0.9, lr 0.1": 0.9,
+        "shallownet, alpha 0.9, lr 0.01": pytest.approx(0.1),
+    }
 
 
 def test_mean_and_sample_deviation_over_seeds_by_hand():

@@ -80,8 +80,9 @@ class Asked:
         model = build_model("simple_dense", data.input_shape, 10).eval()
         self.images = 0
         model.register_forward_hook(self._count)
-        training_of_it = {"method": "vanilla", "seed": 1}
-        self.trial.teacher = Checkpoint(folder, model, training_of_it, {}, None, 1.0, {})
+        about = {"method": "vanilla", "trained_on": "train"}
+        of = {"seed": 1, "protocol": "ils", "tr_size": 0.1}
+        self.trial.teacher = Checkpoint(folder, model, about, of, None, 1.0, {})
 
     def _count(self, model, inputs, output) -> None:
         self.images += len(inputs[0])
@@ -101,6 +102,11 @@ def test_a_search_asks_the_teacher_once_for_each_form_of_an_image(augment, forms
     assert asked.search([0.01, 0.05, 0.1]) == forms * whole_batches
 
 
+def test_a_batch_that_is_larger_than_the_data_asks_about_the_data_alone(digits, tmp_path):
+    asked = Asked(digits, tmp_path, "--epochs", 2, "--augment", "none", "--batch_size", 10**9)
+    assert asked.search([0.1]) == 144
+
+
 def test_a_teacher_is_asked_for_every_batch_where_images_are_cropped(digits, tmp_path):
     asked = Asked(digits, tmp_path, "--epochs", 3, "--augment", "crop-flip")
     assert asked.search([0.01, 0.05]) == 2 * 3 * 144
@@ -111,7 +117,7 @@ def test_one_epoch_of_flips_asks_live_as_half_of_the_answers_would_be_in_vain(di
     assert asked.search([0.1]) == 144
 
 
-def test_both_students_of_a_teacher_share_its_answers(tmp_path, monkeypatch):
+def test_both_students_of_a_teacher_share_its_answers(refused, tmp_path, monkeypatch):
     made = []
 
     class Counted(StoredLogits):
@@ -126,6 +132,12 @@ def test_both_students_of_a_teacher_share_its_answers(tmp_path, monkeypatch):
     assert not run_here("Network-distillation.py", "--teacher", tmp_path, *student, *flags)
     assert len(made) == 1
     assert len(list(tmp_path.glob("digits/simple_dense/distilled-*/seed0/best.pt"))) == 2
+    # A student teaches when it is named, however its path is spelt.
+    students = tmp_path / "digits/simple_dense/distilled-simple_dense-vanilla"
+    again = ("Network-distillation.py", *student, *flags, "--teacher")
+    assert "holds students only" in refused(*again, students)
+    assert not run_here(*again, f"{students}/./seed0/best.pt")
+    assert len(list(tmp_path.glob("digits/simple_dense/distilled-simple_dense-distilled-*"))) == 2
 
 
 def test_an_image_that_the_teacher_was_not_asked_about_is_an_error(digits):

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -74,24 +75,13 @@ def number(kind: type, low: float, high: float, *, open_low=False, open_high=Fal
     return convert
 
 
-def positive_int(text: str) -> int:
-    return number(int, 1, float("inf"))(text)
-
-
-def positive_float(text: str) -> float:
-    return number(float, 0, float("inf"), open_low=True)(text)
-
-
-def non_negative_int(text: str) -> int:
-    return number(int, 0, float("inf"))(text)
-
-
-def non_negative_float(text: str) -> float:
-    return number(float, 0, float("inf"))(text)
-
-
-def seed(text: str) -> int:
-    return number(int, 0, 10**9)(text)
+positive_int = number(int, 1, 10**9)  # more would not fit into the machine, or into a C long
+non_negative_int = number(int, 0, 10**9)
+positive_float = number(float, 0, float("inf"), open_low=True)
+non_negative_float = number(float, 0, float("inf"))
+seed = number(int, 0, 10**9)
+bins = number(int, 1, 10**6)
+resamples = number(int, 0, 10**6)
 
 
 def one_of(names: list[str] | tuple[str, ...]) -> Callable:
@@ -99,8 +89,6 @@ def one_of(names: list[str] | tuple[str, ...]) -> Callable:
 
     def convert(text: str) -> str:
         if text not in names:
-            from difflib import get_close_matches
-
             near = get_close_matches(text, names, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise argparse.ArgumentTypeError(
@@ -380,7 +368,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     )
     add(
         "--ece_bins",
-        type=positive_int,
+        type=bins,
         default=10,
         metavar="N",
         help="equal-width bins of the expected calibration error (default: %(default)s)",

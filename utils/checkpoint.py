@@ -194,7 +194,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """
     path = Path(path)
     content = read_tensors(path)
-    if content.get("format") != FORMAT or "weights" not in content:
+    number = content.get("format")
+    if type(number) is not int or number != FORMAT or "weights" not in content:
         raise InputError(
             f"{path} is not a checkpoint of format {FORMAT}; a best.pt of the training scripts "
             "would do"
@@ -278,7 +279,7 @@ def _real(low: float, high: float = math.inf) -> Callable:
 
 
 def _word(value) -> bool:
-    return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+-]{1,100}", value) is not None
+    return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+:-]{1,100}", value) is not None
 
 
 def _network(value) -> bool:
@@ -368,6 +369,11 @@ def _check_fields(content: dict) -> None:
     }
     if content.get("teacher") is not None:
         fields["teacher.weights"] = (_sha256, "a SHA-256")
+        fields["teacher.model"] = fields["model.name"]
+        for name in ("training.method", "training.trained_on"):
+            fields[name.replace("training", "teacher")] = fields[name]
+        for name in ("data.seed", "data.protocol", "data.tr_size"):
+            fields[name.replace("data", "teacher")] = fields[name]
     if isinstance(content.get("model"), dict) and "network_size" in content["model"]:
         fields["model.network_size"] = (  # earlier versions did without
             _list_of(_whole(1, MAX_SIDE), lambda length: length == 2),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
@@ -71,7 +72,6 @@ def check_test_images(rows: pd.DataFrame) -> None:
 
 def teacher_warning(
     student: Evaluated,
-    found: Mapping[str, Evaluated],
     data_dir: str | Path,
     device: torch.device,
     streaming: Streaming = AUTO,
@@ -79,48 +79,29 @@ def teacher_warning(
     """What is to be said of the images on which the network's teacher was trained, if anything.
 
     student: a network with a teacher: a distilled one, or one trained with instance-based
-    smoothing. found: the evaluated networks by the hash of their weights. Raises InputError if the
-    teacher was trained on test images of the student.
+    smoothing. Raises InputError if the teacher was trained on test images of the student.
     """
-    if student.teacher is None:
-        return None
-    teacher = found.get(student.teacher["weights"])
+    teacher, own = student.teacher, student.data
     if teacher is None:
-        theirs, ours = student.teacher.get("seed"), student.training["seed"]
-        if theirs in (None, ours):
-            return None
-        return (
-            f"its teacher, which is not among these checkpoints, is of seed {theirs} and it of "
-            f"seed {ours}: most likely the teacher was trained on validation images of the "
-            "student, so its temperature and what was chosen by them are too good to be true"
-        )
-    trained_on = teacher.training["trained_on"]
-    if teacher.data["splits"] == student.data["splits"] and trained_on == "train":
         return None
-    _, ours = data_loader.reload(student.data, data_dir, device, streaming)
-    _, theirs = data_loader.reload(teacher.data, data_dir, device, streaming)
-    validation, test = images_seen(theirs.of(trained_on), ours)
+    same_split = all(teacher[key] == own[key] for key in ("seed", "protocol", "tr_size"))
+    if same_split and teacher["trained_on"] == "train":
+        return None
+    data, ours = data_loader.reload(own, data_dir, device, streaming)
+    theirs = data_loader.split(data, teacher["tr_size"], teacher["seed"], teacher["protocol"])
+    validation, test = ours.seen(theirs.of(teacher["trained_on"]))
+    name = f"teacher, {teacher['method']} of seed {teacher['seed']},"
     if test:
         raise InputError(
-            f"{student.path} has a teacher, {teacher.path}, that was trained on {test} of its "
-            f"{len(ours.test)} test images; a teacher of the same seed and --tr_size would do"
+            f"{student.path} has a {name} that was trained on {test} of its {len(ours.test)} test "
+            "images; a teacher of the same seed, --tr_size and --protocol would do"
         )
     if not validation or student.training["trained_on"] != "train":
         return None  # where the student is trained on them too, nothing is measured with them
     return (
-        f"its teacher {teacher.path} was trained on {validation} of its {len(ours.validation)} "
-        "validation images, so its temperature and what was chosen by them are too good to be true"
+        f"its {name} was trained on {validation} of its {len(ours.validation)} validation images, "
+        "so its temperature and what was chosen by them are too good to be true"
     )
-
-
-def images_seen(teacher: Tensor, student: data_loader.Splits) -> tuple[int, int]:
-    """How many validation and test images of the student the teacher was trained on.
-
-    teacher: positions of the images that it was trained on.
-    """
-    validation = torch.isin(student.validation, teacher).sum()
-    test = torch.isin(student.test, teacher).sum()
-    return int(validation), int(test)
 
 
 # --------------------------------------------------------------------------------------- bootstrap
@@ -147,7 +128,7 @@ def per_image(logits: Tensor, labels: Tensor) -> PerImage:
     normaliser = p.sum(1, keepdim=True)
     label = labels[:, None]
     log_loss = normaliser.log() - z.gather(1, label)
-    p = (p / normaliser).scatter_add(1, label, torch.full(label.shape, -1.0, dtype=p.dtype))
+    p = p / normaliser - F.one_hot(labels, p.shape[1])
     return PerImage(
         (prediction == label).double().squeeze(1).numpy(),
         log_loss.squeeze(1).numpy(),
@@ -299,13 +280,13 @@ def compare(
             for metric in METRICS:
                 a, b = (side.groupby("seed")[metric].mean().to_numpy() for side in pair)
                 if len(seeds) > 1:
-                    result = _over_seeds(a, b)
+                    result = _paired_t(a, b, "seeds")
                 else:
                     images = [samples[side[seeds[0]][0]][1] for side in runs]
                     result = _over_images(metric, *images)
                 if bootstrap:
                     low, high = resampled[metric]
-                    result |= {
+                    result = result | {
                         "low": low,
                         "high": high,
                         "interval": "bootstrap over images and seeds",
@@ -332,30 +313,28 @@ def _of_seeds(rows: pd.DataFrame) -> dict[int, pd.DataFrame]:
     return dict(iter(rows.groupby("seed")))
 
 
+NO_TEST = {"low": math.nan, "high": math.nan, "interval": "", "p_value": math.nan, "test": ""}
+
+
 def _paired_t(a: np.ndarray, b: np.ndarray, over: str) -> dict:
     """Low, high and p of the paired t-test; NaN where the differences do not vary."""
-    result = {"low": math.nan, "high": math.nan, "interval": "", "p_value": math.nan, "test": ""}
     # Equal differences of decimal fractions may differ in their last bits.
-    if np.ptp(a - b) > 1e-12:
-        test = stats.ttest_rel(a, b)
-        low, high = test.confidence_interval(0.95)
-        result = {
-            "low": float(low),
-            "high": float(high),
-            "interval": f"t over {over}",
-            "p_value": float(test.pvalue),
-            "test": f"paired t over {over}",
-        }
-    return result
-
-
-def _over_seeds(a: np.ndarray, b: np.ndarray) -> dict:
-    return _paired_t(a, b, "seeds")
+    if np.ptp(a - b) <= 1e-12:
+        return NO_TEST
+    test = stats.ttest_rel(a, b)
+    low, high = test.confidence_interval(0.95)
+    return {
+        "low": float(low),
+        "high": float(high),
+        "interval": f"t over {over}",
+        "p_value": float(test.pvalue),
+        "test": f"paired t over {over}",
+    }
 
 
 def _over_images(metric: str, ours: PerImage, theirs: PerImage) -> dict:
     if metric == "ece":
-        return {"low": math.nan, "high": math.nan, "interval": "", "p_value": math.nan, "test": ""}
+        return NO_TEST
     if metric != "accuracy":
         return _paired_t(getattr(ours, metric), getattr(theirs, metric), "images")
     result = _paired_t(ours.correct, theirs.correct, "images")

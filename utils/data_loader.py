@@ -297,6 +297,11 @@ class Splits(NamedTuple):
         """The positions in one split, or in several: "train", "train+validation"."""
         return torch.cat([getattr(self, name) for name in names.split("+")])
 
+    def seen(self, trained_on: Tensor) -> tuple[int, int]:
+        """How many validation and how many test images are among these positions."""
+        validation, test = (torch.isin(part, trained_on).sum() for part in self[1:])
+        return int(validation), int(test)
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the indices of each split, which a checkpoint carries."""
         return {

@@ -39,6 +39,12 @@ def is_first() -> bool:
     return shard().rank == 0
 
 
+def refuse_torchrun(why: str) -> None:
+    """For scripts of which several processes would do the same. Raises InputError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"started by torchrun, but {why}")
+
+
 def start(device: torch.device) -> torch.device:
     """Joins the processes that torchrun started, if it did. Returns this process's device.
 
@@ -55,7 +61,9 @@ def start(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("nccl", device_id=device)
+    else:
+        distributed.init_process_group("gloo")
     if not is_first():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, open to the end
     return device

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import distributed
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -102,14 +103,24 @@ def one_line(text: str) -> str:
     )
 
 
-def _of_another_process(error: RuntimeError) -> tuple[str, int]:
-    """What is said, and the exit status, where torch says that another process has ended.
+# What Gloo says of a closed connection, and NCCL of a process that has gone.
+_ENDED = re.compile("gloo|nccl.*(remote process|abort|time[d ]*out)", re.IGNORECASE | re.DOTALL)
+
+
+def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
+    """What is said, and the exit status, where memory is short or another process has ended.
 
     Raises the error again if it is of anything else.
     """
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"error: {str(error).splitlines()[0][:300]}; smaller batches (--batch_size) or images, "
+            "or a smaller network, need less",
+            2,
+        )
     if str(error).startswith("DataLoader worker"):  # by whom it was killed it says
         return f"error: {error}; fewer --workers, or 0, need less memory", 2
-    if distributed.is_initialized() and re.search("gloo|nccl", str(error), re.IGNORECASE):
+    if distributed.is_initialized() and _ENDED.search(str(error)):
         return (
             f"another process of this training has ended ({str(error).splitlines()[0]}); the same "
             "command goes on from the last epoch that was saved",
@@ -150,6 +161,6 @@ def run(main: Callable[[], int | None]) -> None:
         message = f"stopped by {signal.Signals(stopped.number).name}; {state}to continue: {again}"
         status = 128 + stopped.number
     except RuntimeError as error:
-        message, status = _of_another_process(error)
+        message, status = _of_the_machine(error)
     print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

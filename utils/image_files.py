@@ -155,7 +155,7 @@ AUTO, CPU = Streaming(), torch.device("cpu")
 
 def available_memory(device: torch.device) -> int:
     """Bytes that data for the device can take: what is free, or what a container or batch job is
-    allowed if that is less."""
+    allowed if that is less; of the host's memory the share of this process among torchrun's."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError):
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -167,9 +167,15 @@ def available_memory(device: torch.device) -> int:
         for file in (first, *(above / "memory.max" for above in (folder, *folder.parents))):
             with suppress(OSError, ValueError):  # not there; no limit
                 limits.append(int(file.read_text()))
+    limits = [limit // processes_here() for limit in limits]
     if device.type == "cuda":
         limits.append(torch.cuda.mem_get_info(device)[0])
     return min(limits)
+
+
+def processes_here() -> int:
+    """How many processes torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ class ImageFiles:
         """One portion is not worth a fork. Outside of Linux not every library survives one."""
         most = self.workers
         if most is None:
-            most = cpu_count() if sys.platform == "linux" else 0
+            most = max(1, cpu_count() // processes_here()) if sys.platform == "linux" else 0
         return min(most, math.ceil(portions)) if portions > 1 else 0
 
     def _decode(self, places: Tensor, task: tuple[int, list[int]]) -> int:

@@ -17,6 +17,17 @@ from utils.image_files import AUTO, Streaming
 EVALUATION_BATCH = 1024
 
 
+def exact_convolutions():
+    """float32 means float32 on CUDA too, by one algorithm wherever a network is evaluated.
+
+    By default cuDNN's convolutions round their float32 input to 10 bits (TF32), and take the
+    algorithm that was the fastest in a trial.
+    """
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+
+
 @torch.no_grad()
 def collect_logits(
     model: nn.Module, data: ImageData, indices: Tensor, batch_size: int = EVALUATION_BATCH
@@ -30,7 +41,8 @@ def collect_logits(
     model.eval()
     rank, count = distributed.shard()
     batches = ordered_batches(data, indices[rank::count], batch_size)
-    logits = torch.cat([model(batch.images).float() for batch in batches])
+    with exact_convolutions():
+        logits = torch.cat([model(batch.images).float() for batch in batches])
     model.train(was_training)
     return distributed.gather_rows(logits, len(indices)).cpu(), data.labels.cpu()[indices]
 
@@ -48,6 +60,7 @@ class StoredLogits:
         self, model: Callable, data: ImageData, indices: Tensor, flip: bool, batch_size: int
     ) -> None:
         count = len(indices)
+        batch_size = min(batch_size, count)
         filled = indices[torch.arange(-(-count // batch_size) * batch_size) % count]
         forms = [
             [model(batch.images).float() for batch in ordered_batches(data, filled, batch_size, f)]

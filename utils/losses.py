@@ -186,12 +186,12 @@ def instance_based_targets(
     u = _checked(teacher_logits.detach(), targets, "teacher_logits")
     y = targets[:, None]
     num_classes = u.shape[1]
-    scores = u - u.amin(dim=1, keepdim=True)
 
     if variant in ("ils1", "ils"):
         q_true = u.softmax(dim=1).gather(1, y)
         given_up = _instance_factor(q_true, factor, smoothing, shift, slope, cap)
     elif variant == "scores":
+        scores = u - u.amin(dim=1, keepdim=True)
         given_up = smoothing * _fractions(scores, otherwise=1 / num_classes).gather(1, y)
     else:
         given_up = u.new_full((len(u), 1), smoothing)

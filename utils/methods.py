@@ -32,6 +32,10 @@ class Range(NamedTuple):
     high: float
     log: bool  # whether low to 10·low is as wide as 10·low to 100·low
 
+    def __str__(self) -> str:
+        """As --methods takes it."""
+        return f"{self.low:g}..{self.high:g}{':log' * self.log}"
+
 
 Space = dict[str, list | Range]
 
@@ -156,7 +160,7 @@ def _take_ranges(words: list[str]) -> tuple[list[str], dict[str, bool]]:
     for word in words:
         if word.startswith("--"):
             flag = word.removeprefix("--")
-        if match := re.fullmatch(r"([^-].*?)\.\.(.+?)(:log)?", word):
+        if match := re.fullmatch(r"([0-9][^/]*?)\.\.([^/]+?)(:log)?", word):
             logarithmic[flag] = match[3] is not None
             plain += match[1], match[2]
         else:

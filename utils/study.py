@@ -53,7 +53,6 @@ from utils.training import (
     all_combinations,
     combination_name,
     new_trial,
-    requested_values,
     train_candidate,
     train_trial,
 )
@@ -202,6 +201,7 @@ class Search:
             "trials": len(self.planned),
             "pruner": options.pruner,
             "select_by": args.select_by,
+            "ece_bins": args.ece_bins,
             **recipe,
         }
         settings = json.loads(json.dumps(settings))
@@ -377,7 +377,11 @@ class Search:
             self.failed = True
             return True
         distinct = {combination_name(values): values for values in combinations}
-        method, requested = self.method, requested_values(self.method.args)
+        method = self.method
+        requested = {
+            name: [str(values)] if isinstance(values, Range) else values
+            for name, values in self.space.items()
+        }
         try:
             train_trial(
                 _trial(self), method.name, requested, method.make_loss,
@@ -636,7 +640,7 @@ def print_plan(methods: list[tuple[Method, Space]], options: argparse.Namespace)
     print(f"{'method':28}{'trainings':>10}  of each of {seeds} seeds")
     for method, space in methods:
         values = [
-            f"{name} {values.low:g}..{values.high:g}{':log' * values.log}"
+            f"{name} {values}"
             if isinstance(values, Range)
             else f"{name} {' '.join(map(str, values))}"
             for name, values in space.items()

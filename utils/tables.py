@@ -85,22 +85,22 @@ class Measured(NamedTuple):
 def setting(method: str, requested: dict[str, list]) -> str:
     """A method and its hyper-parameters in words: 'label-smoothing, smoothing 0.1'."""
     values = [
-        f"{name} {' or '.join(format(value, 'g') for value in values)}"
+        f"{name} {' or '.join(v if isinstance(v, str) else format(v, 'g') for v in values)}"
         for name, values in requested.items()
-        if not isinstance(values[0], str)
+        if name != "variant"  # which is in the method's name
     ]
     return ", ".join([method, *values])
 
 
 def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds to a `training` that stands for several recipes what they differ in."""
+    """Adds to a `training`, or a `student_setting`, of several recipes what they differ in."""
     rows = rows.copy()
     for _, same in rows.groupby([*BLOCK, "training"]):
         recipes = [json.loads(recipe) for recipe in same["recipe"]]
         differing = [key for key in recipes[0] if len({str(r.get(key)) for r in recipes}) > 1]
         for index, recipe in zip(same.index, recipes, strict=True):
             extra = "".join(f", {key} {recipe.get(key)}" for key in differing)
-            rows.loc[index, "training"] += extra
+            rows.loc[index, ["training", "student_setting"]] += extra
     return rows
 
 
@@ -123,11 +123,12 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
         **{f"student_{metric}": (metric, "mean") for metric in STUDENT_METRICS},
         student_weights=("weights", list),
     )
-    joined = test[~is_student].merge(
-        taught.rename(columns={"teacher": "weights", "teacher_scaling": "scaling"}),
-        how="left",
-        on=["weights", "scaling"],
-    )
+    taught = taught.rename(columns={"teacher": "weights", "teacher_scaling": "scaling"})
+    networks, setting = test[~is_student], [*BLOCK, "training", "scaling"]
+    # Where some seeds of a setting have students, its other seeds stand beside them without.
+    students = networks.merge(taught)[[*setting, "student"]].drop_duplicates()
+    joined = networks.merge(students, how="left", on=setting)
+    joined = joined.merge(taught, how="left", on=["weights", "scaling", "student"])
     return joined.fillna({"student": ""})
 
 
@@ -135,9 +136,10 @@ def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.Data
     """Mean and sample standard deviation over seeds, a row for each setting and scaling.
 
     rows: what with_students returns. <metric>_mean and <metric>_std (NaN for one seed) of METRICS,
-    of student_<metric> and of temperature and class_similarity; `seeds` counts the seeds. Several
-    networks of one seed count as their mean. With a bootstrap <metric>_low and _high (95 %) for
-    comparison.METRICS, of the networks and of their students.
+    of student_<metric> and of temperature and class_similarity; `seeds` counts the seeds, and
+    `student_seeds` those that have students. Several networks of one seed count as their mean. With
+    a bootstrap <metric>_low and _high (95 %) for comparison.METRICS, of the networks and of their
+    students.
     """
     keys = [*BLOCK, "training", "scaling", "student"]
     numbers = [*METRICS, "temperature", "class_similarity"]
@@ -148,6 +150,7 @@ def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.Data
         seeds = group.groupby("seed")[numbers].mean()
         row = dict(zip(keys, key, strict=True)) | {
             "seeds": len(seeds),
+            "student_seeds": group.loc[group["student_weights"].notna(), "seed"].nunique(),
             "ece_bins": group["ece_bins"].iloc[0],
         }
         intervals = _intervals(group, bootstrap) if bootstrap else {}
@@ -178,7 +181,7 @@ def _intervals(group: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, tuple[flo
     students: dict[int, list] = {}
     for row in group.itertuples():
         networks.setdefault(row.seed, []).append((row.weights, row.scaling))
-        if row.student:
+        if isinstance(row.student_weights, list):
             students.setdefault(row.seed, []).extend((w, "no") for w in row.student_weights)
     intervals = bootstrap.interval(bootstrap.mean(networks))
     if students:
@@ -207,6 +210,9 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
             "Seeds": summary["seeds"].astype(str),
         }
     )
+    taught = summary["student"] != ""
+    if (summary["student_seeds"] != summary["seeds"])[taught].any():
+        cells["Student seeds"] = summary["student_seeds"].astype(str)
     if summary["student"].nunique() > 1 + ("" in set(summary["student"])) or shown is STUDENTS:
         cells["Student"] = summary["student"]
     blocks = [summary[key] for key in BLOCK]

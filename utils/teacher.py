@@ -3,8 +3,6 @@
 import argparse
 import sys
 
-import torch
-
 from utils import checkpoint, data_loader
 from utils.checkpoint import Checkpoint
 from utils.data_loader import ImageData, Splits
@@ -49,7 +47,7 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
         path = folder / ("best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt")
     teacher = checkpoint.load(path, trial.device)
     check_teacher(teacher, trial.data)
-    warn_of_leak(teacher, trial.data, trial.splits)
+    check_leak(teacher, trial.data, trial.splits)
     there = teacher.training["recipe"]
     differs = [key for key, here in trial.recipe.items() if there.get(key) != here]
     otherwise = ", ".join(f"{key} {there.get(key)}" for key in differs)
@@ -74,17 +72,24 @@ def check_teacher(teacher: Checkpoint, data: ImageData) -> None:
             )
 
 
-def warn_of_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:
-    """Says so when the teacher was trained on images that validate its student."""
-    trained_on = teacher.training["trained_on"]
-    if teacher.data["splits"] == splits.hashes() and trained_on == "train":
-        return
+def check_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:
+    """Raises InputError if the teacher was trained on images that test its student.
+
+    Of images that validate it a warning is enough.
+    """
     there = teacher.data
     theirs = data_loader.split(data, there["tr_size"], there["seed"], there["protocol"])
-    seen = int(torch.isin(splits.validation, theirs.of(trained_on)).sum())
-    print(
-        f"warning: the teacher {teacher.path} was trained on {seen} of the "
-        f"{len(splits.validation)} validation images of this run; validation metrics with it are "
-        "too good, and so is what they select (the teacher's own seed and --tr_size avoid this)",
-        file=sys.stderr,
-    )
+    validation, test = splits.seen(theirs.of(teacher.training["trained_on"]))
+    if test:
+        raise InputError(
+            f"the teacher {teacher.path} was trained on {test} of the {len(splits.test)} test "
+            "images of this run; a teacher of the same seed, --tr_size and --protocol would do"
+        )
+    if validation:
+        print(
+            f"warning: the teacher {teacher.path} was trained on {validation} of the "
+            f"{len(splits.validation)} validation images of this run; validation metrics with it "
+            "are too good, and so is what they select (the teacher's own seed and --tr_size avoid "
+            "this)",
+            file=sys.stderr,
+        )

@@ -104,7 +104,8 @@ class Trial:
             "weights": self.teacher.weights_hash,
             "model": self.teacher.model.name,
             "method": self.teacher.training["method"],
-            "seed": self.teacher.training["seed"],
+            "trained_on": self.teacher.training["trained_on"],
+            **{key: self.teacher.data[key] for key in ("seed", "protocol", "tr_size")},
             **self.teacher_use,
         }
 
@@ -232,7 +233,6 @@ def train_trial(
     requested values when not given. candidates: the folder in which each is trained, kept if it is
     given. Returns the path of best.pt.
     """
-    _choose_algorithms(trial.recipe, trial.device)
     folder = trial.folder(method)
     train, validation, test = map(len, trial.splits)
     print(
@@ -285,6 +285,7 @@ def _settings(trial: Trial, method: str, requested: dict) -> dict:
         "hyper_parameters": requested,
         "seed": trial.seed,
         "recipe": trial.recipe,
+        "ece_bins": trial.ece_bins,
         "teacher": trial.teacher_description,
     }
 
@@ -319,17 +320,17 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
     if trial.recipe["protocol"] == "ils":
         for file in ("history.csv", "last.pt", "best.pt"):
             checkpoint.copy_file(place / name / file, folder / file)
-        # Seeds of one search may select differently, and are averaged all the same.
-        best = folder / "best.pt"
-        training = {**checkpoint.read_tensors(best)["training"], "requested": requested}
-        checkpoint.update(best, training=training)
-        return
-    for file in ("history.csv", "best.pt"):
-        checkpoint.copy_file(place / name / file, folder / "selection" / file)
-    print("trained again on the training and the validation split together", flush=True)
-    selected = checkpoint.load(folder / "selection" / "best.pt", trial.device)
-    whole = replace(trial, selected=selected)
-    _train(whole, method, combinations[chosen], requested, make_loss, folder)
+    else:
+        for file in ("history.csv", "best.pt"):
+            checkpoint.copy_file(place / name / file, folder / "selection" / file)
+        print("trained again on the training and the validation split together", flush=True)
+        selected = checkpoint.load(folder / "selection" / "best.pt", trial.device)
+        whole = replace(trial, selected=selected)
+        _train(whole, method, combinations[chosen], requested, make_loss, folder)
+    # Seeds of one search may select differently, and are averaged all the same.
+    best = folder / "best.pt"
+    searched = {"requested": requested, "select_by": trial.select_by}
+    checkpoint.update(best, training={**checkpoint.read_tensors(best)["training"], **searched})
 
 
 def select(table: pd.DataFrame, by: str) -> int:
@@ -411,6 +412,7 @@ def fit(
     Leaves best.pt, last.pt and history.csv in the folder.
     """
     recipe = trial.recipe
+    _choose_algorithms(recipe, trial.device)
     keeps_last = recipe["protocol"] == "lr"
     description = {
         "method": method,
@@ -649,6 +651,7 @@ def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple
     Returns the seconds of a step and of a validation, the steps of an epoch, and the bytes of
     best.pt and of last.pt.
     """
+    _choose_algorithms(trial.recipe, trial.device)
     torch.manual_seed(trial.seed)
     model = _new_model(trial)
     optimizer = _new_optimizer(model, trial.recipe)
