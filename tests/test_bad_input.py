@@ -8,17 +8,19 @@ import copy
 import os
 import pickle
 import resource
+import runpy
 import shutil
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 from models import build_model
-from utils import checkpoint, data_loader
+from utils import checkpoint, data_loader, training
 from utils.errors import InputError
 from utils.inference import evaluate_checkpoint
 
@@ -53,6 +55,23 @@ def refuses(refused, tmp_path):
         )  # fmt: skip
 
     return call
+
+
+def test_memory_that_is_short_is_said_in_one_line(refused, monkeypatch, tmp_path):
+    def train(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(training, "train_trial", train)
+    error = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
+    assert "Tried to allocate 9.00 GiB.; smaller batches (--batch_size)" in error
+
+
+def test_a_class_without_images_has_no_average():
+    make_loss = runpy.run_path(str(ROOT / "Instance-based-smoothing.py"))["make_loss"]
+    answers = torch.zeros(2, 3), torch.tensor([0, 1])  # of two images, none of them of class 2
+    make_loss.__globals__["collect_logits"] = lambda *_: answers
+    with pytest.raises(InputError, match=r"--variant class, .* images of class 2"):
+        make_loss(mock.MagicMock(), "class", smoothing=0.1, temperature=1.0)
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -445,6 +464,10 @@ def make_whole_model(path: Path, sound: dict) -> None:
 
 def make_later_format(path: Path, sound: dict) -> None:
     torch.save({**sound, "format": 99}, path)
+
+
+def make_format_that_is_a_tensor(path: Path, sound: dict) -> None:
+    torch.save({**sound, "format": torch.zeros(2)}, path)
 
 
 def make_code(path: Path, sound: dict) -> None:

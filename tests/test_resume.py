@@ -187,6 +187,8 @@ def test_settings_may_not_change_on_the_way_but_the_data_folder_may(forks, tmp_p
     before = files(tmp_path)
     said = forks.run(*command, "--lr", 0.05, status=2)
     assert "recipe.lr is 0.1 there and 0.05 here" in said
+    # Errors of other bins would stand in one column, to be selected from.
+    assert "ece_bins is 10 there" in forks.run(*command, "--ece_bins", 5, status=2)
     assert {name: before[name] for name in before if ".tmp" not in name} == files(tmp_path)
     said = forks.run(*command, "--data_dir", tmp_path / "elsewhere", "--device", "cpu")
     assert "continued after epoch" in said

@@ -17,6 +17,7 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, run_here, same_bits, start
 from optuna.trial import TrialState
 
@@ -245,6 +246,18 @@ def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(
     out = here(*flags, f"{own} --scale 1e38", "--output_dir", tmp_path / "none", status=1)
     assert "scaled/seed0: no network, every training of it or its teacher diverged" in out
     assert not list((tmp_path / "none").rglob("metrics.json"))
+
+
+def test_every_training_is_as_deterministic_as_asked(here, without_tables, tmp_path):
+    own = tmp_path / "My-loss.py"
+    checked = "    assert torch.are_deterministic_algorithms_enabled()\n\n    def loss("
+    own.write_text("import torch\n" + OWN.replace("    def loss(", checked))
+    assert checked in own.read_text()
+    flags = (*SMALL, "--epochs", 1, "--methods", f"{own} --scale 1 2", "--deterministic")
+    try:
+        here(*flags, "--output_dir", tmp_path / "runs")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_range_is_sampled_as_often_as_asked_for(here, without_tables, tmp_path):

@@ -1,0 +1,62 @@
+"""The scripts on a GPU, through their command line: `python -m pytest -m cuda` runs these."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import run, same_bits, start
+
+pytestmark = pytest.mark.cuda
+
+DEVICE = "cuda"
+FLAGS = ("--model", "resnet18", "--batch_size", 256, "--device", DEVICE)
+
+
+def test_train_distil_and_evaluate(tmp_path):
+    flags = (*FLAGS, "--epochs", 3, "--output_dir", tmp_path / "runs")
+    run("Instance-based-smoothing.py", *flags)
+    student = ("--device", DEVICE, "--epochs", 2, "--output_dir", tmp_path / "runs")
+    run("Network-distillation.py", "--teacher", tmp_path / "runs", *student)
+    results = {}
+    for device in (DEVICE, "cpu"):
+        folder = tmp_path / device
+        run("Models-evaluation.py", tmp_path / "runs", "--device", device, "--output_dir", folder)
+        table = pd.read_csv(folder / "results.csv").set_index(["checkpoint", "split", "scaling"])
+        results[device] = table
+    assert len(results[DEVICE]) == 6 * 4  # two teachers and four students
+    for (path, split, scaling), row in results[DEVICE].iterrows():
+        said = json.loads(Path(path).with_name("metrics.json").read_text())
+        said = said[split][{"no": "unscaled", "yes": "scaled"}[scaling]]
+        assert row["log_loss"] == pytest.approx(said["log_loss"], abs=1e-6)
+        on_cpu = results["cpu"].loc[(path, split, scaling)]
+        assert row["log_loss"] == pytest.approx(on_cpu["log_loss"], abs=1e-4)
+        assert row["accuracy"] > 0.5  # of ten classes
+    config = json.loads((tmp_path / "runs/digits/resnet18/vanilla/seed0/config.json").read_text())
+    assert config["settings"]["recipe"]["precision"] == "bfloat16"
+
+
+def test_deterministic_runs_give_the_same_bits_also_when_stopped(tmp_path):
+    flags = ("Vanilla-cross-entropy.py", *FLAGS, "--deterministic", "--epochs", 4)
+    best = "digits/resnet18/vanilla/seed0/best.pt"
+    for name in ("one", "two"):
+        run(*flags, "--output_dir", tmp_path / name)
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = start(*flags, "--output_dir", tmp_path / "stopped", env=unbuffered)
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=300)
+    assert process.returncode == 143
+    run(*flags, "--output_dir", tmp_path / "stopped")
+    for name in ("two", "stopped"):
+        assert same_bits(tmp_path / "one" / best, tmp_path / name / best)
+
+
+def test_a_compiled_network_learns(tmp_path):
+    flags = (*FLAGS, "--compile", "--epochs", 2, "--output_dir", tmp_path)
+    said = run("Vanilla-cross-entropy.py", *flags)
+    assert "epoch   2/2" in said.out
