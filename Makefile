@@ -1,7 +1,8 @@
 # make demo   train, distil and evaluate on the digits data set, from nothing
 # make test   check the code and run all tests
 # make results  measure the tables of results/ anew, or go on where that was stopped; each has a
-#               target of its own below, and its cost is in results/README.md
+#               target of its own below. The cost of those for a CPU is in results/README.md; densenet
+#               and resnet18 need a GPU
 # make clean  remove the virtual environment and what the demo made
 
 PYTHON ?= python3
@@ -32,7 +33,7 @@ test: $(VENV)/installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest $(PYTEST_FLAGS)
 
-# The targets below leave their networks in runs/<table> and their tables in results/<table>.
+# The targets below leave their networks in runs/<table> and their tables in results.
 TABLES := gaussians simple-dense-lr students densenet resnet18
 .PHONY: $(TABLES)
 results: $(TABLES)

@@ -54,15 +54,7 @@ def student_trial(args, teacher) -> Trial:
         teacher.data, args.data_dir, args.device, arguments.streaming(args)
     )
     seed = teacher.training["seed"] if args.seed is None else args.seed
-    trial = new_trial(
-        args,
-        data,
-        args.student,
-        seed,
-        teacher.data["protocol"],
-        teacher.data["tr_size"],
-        teacher.data["image_size"],
-    )
+    trial = new_trial(args, data, args.student, seed, teacher.data)
     trial.teacher = teacher
     return trial
 

@@ -101,7 +101,8 @@ class Case:
         images = (self.steps + 1) * self.batch_size
         data = replace(self.data, train_size=images + VALIDATION)
         share = images / data.train_size
-        trial = training.new_trial(args, data, self.network, 0, "ils", share, None)
+        source = {"protocol": "ils", "tr_size": share, "image_size": None}
+        trial = training.new_trial(args, data, self.network, 0, source)
         trial.teacher = teacher
         return trial
 

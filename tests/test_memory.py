@@ -22,13 +22,12 @@ def resident_mib() -> float:
 def test_epochs_do_not_grow_memory(tmp_path):
     """0.3 MiB from epoch 50 to 200 where this was written; one kept logit tensor of an epoch would
     be 10 MiB, one kept network 60."""
-    flags = (
-        "--model shallownet --epochs 200 --estop 0 --batch_size 48 --augment crop-flip --lr 0.01"
-    )
+    flags = "--model shallownet --epochs 200 --estop 0 --batch_size 48 --augment crop-flip"
+    flags += " --lr 0.01 --tr_size 0.9"
     args = training_parser("").parse_args(flags.split())
     args.device = torch.device("cpu")
     data = replace(data_loader.load("digits"), train_size=160)
-    trial = training.new_trial(args, data, args.model, 0, "ils", 0.9, None)
+    trial = training.new_trial(args, data, args.model, 0, vars(args))
     epochs = training.fit(trial, "vanilla", {}, {}, make_cross_entropy, tmp_path)
     resident = {}
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(epochs):
@@ -42,9 +41,9 @@ def test_a_data_set_is_uint8_and_is_not_copied():
     assert data.images.dtype == torch.uint8
     assert data.images.untyped_storage().nbytes() == 1797 * 8 * 8
     assert data.to(torch.device("cpu")).images.data_ptr() == data.images.data_ptr()
-    args = training_parser("").parse_args([])
+    args = training_parser("").parse_args(["--protocol", "lr", "--tr_size", "0.8"])
     args.device = torch.device("cpu")
-    trials = [training.new_trial(args, data, "lenet", seed, "lr", 0.8, None) for seed in (0, 1)]
+    trials = [training.new_trial(args, data, "lenet", seed, vars(args)) for seed in (0, 1)]
     assert {trial.data.images.data_ptr() for trial in trials} == {data.images.data_ptr()}
     for batch in data_loader.ordered_batches(data, torch.arange(8), 8):
         assert batch.images.dtype == torch.uint8

@@ -72,10 +72,11 @@ class Asked:
     """A trial of instance-based smoothing, and how many images its teacher has been shown."""
 
     def __init__(self, data: ImageData, folder, *flags) -> None:
-        words = ["--model", "simple_dense", "--batch_size", 64, "--output_dir", folder, *flags]
+        words = ["--model", "simple_dense", "--batch_size", 64, "--tr_size", 0.1, *flags]
+        words += ["--output_dir", folder]
         args = training_parser("").parse_args(list(map(str, words)))
         args.device = torch.device("cpu")
-        self.trial = training.new_trial(args, data, args.model, 0, "ils", 0.1, None)
+        self.trial = training.new_trial(args, data, args.model, 0, vars(args))
         torch.manual_seed(1)
         model = build_model("simple_dense", data.input_shape, 10).eval()
         self.images = 0

@@ -561,6 +561,4 @@ def print_next(args: argparse.Namespace, *commands: str) -> None:
     if args.workers is not None:
         needed += f" --workers {args.workers}"
     for command in commands:
-        if args.output_dir != "runs" and command.startswith("Network-distillation.py"):
-            needed += f" --output_dir {shlex.quote(args.output_dir)}"
         print(f"  python {command}{needed}")

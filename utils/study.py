@@ -395,8 +395,7 @@ class Search:
 @functools.lru_cache(maxsize=1)  # a teacher's stored answers are large: those of one search
 def _trial(search: Search) -> Trial:
     args = search.method.args
-    name, protocol = args.model, args.protocol
-    trial = new_trial(args, search.data, name, search.seed, protocol, args.tr_size, args.image_size)
+    trial = new_trial(args, search.data, args.model, search.seed, vars(args))
     if search.method.find_teacher:
         trial.teacher = search.method.find_teacher(trial, args)
     return trial
@@ -654,10 +653,7 @@ def print_estimate(
     """Epochs, time and disk space, by a few steps of the vanilla network's training."""
     seeds = len({*options.seeds})
     first = methods[0][0]
-    trial = new_trial(
-        first.args, data, options.model, options.seeds[0],
-        options.protocol, options.tr_size, options.image_size,
-    )  # fmt: skip
+    trial = new_trial(first.args, data, options.model, options.seeds[0], vars(options))
     loss = make_cross_entropy(trial)
     step, validation, steps, weights, state = training.measure(trial, loss)
     trainings = seeds * sum(len(plan(space, options)) for _, space in methods)

@@ -22,7 +22,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -174,16 +174,16 @@ def train_method(
     arguments.check_classes(args, data.classes)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
-        protocol, tr_size = args.protocol, args.tr_size
-        trial = new_trial(args, data, args.model, seed, protocol, tr_size, args.image_size)
+        trial = new_trial(args, data, args.model, seed, vars(args))
         if find_teacher:
             trial.teacher = find_teacher(trial, args)
         paths.append(train_trial(trial, method, requested_values(args), make_loss))
+    elsewhere = ["--output_dir", args.output_dir] if args.output_dir != "runs" else []
     print("\nNext, evaluate the checkpoint or distil it into the shallow student:")
     arguments.print_next(
         args,
         shlex.join(["Models-evaluation.py", str(Path(args.output_dir) / args.dataset)]),
-        shlex.join(["Network-distillation.py", "--teacher", *map(str, paths)]),
+        shlex.join(["Network-distillation.py", "--teacher", *map(str, paths), *elsewhere]),
     )
     distributed.end()
 
@@ -193,17 +193,18 @@ def new_trial(
     data: ImageData,
     model_name: str,
     seed: int,
-    protocol: str,
-    tr_size: float | None,
-    image_size: int | None,
+    source: Mapping,
 ) -> Trial:
-    """A trial as the flags say that training and distillation share; the rest is given."""
+    """A trial as the flags say that training and distillation share.
+
+    source: has protocol, tr_size and image_size, the flags of a training, the data of a teacher.
+    """
     return Trial(
         data=data,
-        image_size=image_size,
+        image_size=source["image_size"],
         model_name=model_name,
         seed=seed,
-        recipe=arguments.recipe(args, data.name, protocol, tr_size),
+        recipe=arguments.recipe(args, data.name, source["protocol"], source["tr_size"]),
         device=args.device,
         output_dir=Path(args.output_dir),
         ece_bins=args.ece_bins,
