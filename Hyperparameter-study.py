@@ -24,7 +24,7 @@ from utils import arguments, data_loader
 from utils.arguments import Parser, one_of, positive_int, training_parser
 from utils.distributed import refuse_torchrun
 from utils.errors import InputError, run
-from utils.methods import GRIDS, PRUNERS, SAMPLERS, read_methods
+from utils.methods import GRIDS, PRUNERS, SAMPLERS, read_methods, student_flags
 
 METHODS = (
     "vanilla",
@@ -144,6 +144,13 @@ def main() -> int:
     keep = args.keep_candidates
     if keep and Path(keep).resolve() == Path(args.output_dir).resolve():
         raise InputError(f"--keep_candidates {keep} is the --output_dir, another folder expected")
+    if "n_trials" in args.given and args.sampler == "grid":
+        raise InputError(
+            f"--n_trials {args.n_trials} does nothing with --sampler grid, which trains every "
+            "combination; tpe or random would"
+        )
+    if args.distil is not None:
+        student_flags(args.distil)  # what is wrong with them is said now, not after all trainings
     methods = read_methods(args.methods, args)
     if args.params == "published":  # which is the same for all of them
         settled = vars(methods[0][0].args)

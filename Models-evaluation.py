@@ -135,7 +135,10 @@ def parse_arguments() -> argparse.Namespace:
         "from 0 (default: off)",
     )
     add_evaluation_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tsne_classes and not args.plots:
+        parser.error("--tsne_classes does nothing without --plots")
+    return args
 
 
 def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
@@ -163,14 +166,6 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
 def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
     """Validation (but with --protocol lr) and test split, without and with temperature scaling."""
     training, teacher = evaluated.training, evaluated.teacher or {}
-    # All by which runs of one method and hyper-parameters may differ, but for the seed.
-    choice = any(len(values) > 1 for values in training["requested"].values())
-    guided = teacher and not evaluated.is_student
-    recipe = training["recipe"] | {
-        "image_size": evaluated.data["image_size"],
-        "select_by": training.get("select_by") if choice else None,
-        "teacher": f"{teacher['model']} {teacher['method']}" if guided else None,
-    }
     about = {
         "checkpoint": str(evaluated.path),
         "dataset": evaluated.data["dataset"],
@@ -178,7 +173,7 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
         "training": tables.setting(training["method"], training["requested"]),
         "method": training["method"],
         "hyper_parameters": json.dumps(training["hyper_parameters"]),
-        "recipe": json.dumps(recipe),
+        "recipe": json.dumps(evaluated.recipe),
         "seed": training["seed"],
         "epoch": training["epoch"],
         "test_images": evaluated.data["splits"]["test"],

@@ -17,6 +17,7 @@ from pathlib import Path
 from models import MODELS
 from utils import arguments, checkpoint, data_loader, distributed
 from utils.arguments import (
+    Parser,
     add_hyper_parameter,
     network,
     number,
@@ -59,7 +60,7 @@ def student_trial(args, teacher) -> Trial:
     return trial
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = training_parser(__doc__, "distillation")
     add = parser.add_argument
     add(
@@ -100,7 +101,11 @@ def main() -> None:
         20.0,
         "T > 0 that softens both networks' probabilities; 1 is off",
     )
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = make_parser().parse_args()
     given.device = distributed.start(given.device)
 
     named, taught = {*map(Path, given.teacher)}, False

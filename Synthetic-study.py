@@ -154,14 +154,17 @@ def parse_arguments():
     add("--ece_bins", type=bins, default=15, metavar="N",
         help="equal-width bins of the calibration errors (default: %(default)s)")  # fmt: skip
     add("--curve_bins", type=non_negative_int, default=10, metavar="N",
-        help="bins of the teacher's probability in the smoothing-factor curves; 0 leaves the "
-        "curves out (default: %(default)s)")  # fmt: skip
+        help="bins of the teacher's probability in the smoothing-factor curves, 3 or more; 0 "
+        "leaves the curves out (default: %(default)s)")  # fmt: skip
     add("--curve_smoothing", type=share, nargs="+", default=CURVE_SMOOTHINGS, metavar="X",
         help="ε to choose from in each bin, beside 0 (default: "
         f"{' '.join(f'{v:g}' for v in CURVE_SMOOTHINGS)})")  # fmt: skip
     add("--output_dir", default="synthetic", metavar="DIR",
         help="where tables and figures are written (default: %(default)s)")  # fmt: skip
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.curve_bins in (1, 2):
+        parser.error(f"argument --curve_bins: {args.curve_bins} given, 0 or 3 and more expected")
+    return args
 
 
 if __name__ == "__main__":

@@ -169,6 +169,11 @@ def test_unknown_flags_are_not_guessed(script, flags, refuses):
     assert "unrecognized arguments" in refuses(script, *flags)
 
 
+def test_classes_of_a_figure_that_is_not_drawn(refuses):
+    error = refuses(EVALUATION, "best.pt", "--tsne_classes", "1", "2")
+    assert "--tsne_classes does nothing without --plots" in error
+
+
 @pytest.mark.parametrize("flag", ["--smoothing", "--epochs"])
 def test_a_flag_without_a_value(flag, refused):
     assert f"argument {flag}: expected" in refused("Label-smoothing.py", flag)

@@ -802,6 +802,8 @@ def test_hidden_and_other_files_are_passed_over(folder):
     (folder / "train/.checkpoints").mkdir()
     for name in ("train/ant/._1.png", "train/ant/notes.txt", "train/notes.txt", "README"):
         (folder / name).write_text("not an image")
+    (folder / "train/ant/.thumbnails").mkdir()
+    shutil.copy(folder / "train/ant/1.png", folder / "train/ant/.thumbnails")
     assert len(data_loader.load("imagefolder", folder).images) == 4
 
 

@@ -51,8 +51,10 @@ def network(tmp_path, method="vanilla", seed=0, images=400, sharpness=1.0, **cha
             "seed": seed,
             "epoch": 2,
             "recipe": {"lr": 0.1, "epochs": 5},
+            "trained_on": "train",
         },
-        "data": {"dataset": "digits", "classes": CLASSES, "splits": {"test": "a" * 64}},
+        "data": {"dataset": "digits", "classes": CLASSES, "splits": {"test": "a" * 64}}
+        | {"image_size": None},
         "teacher": None,
         "logits": {"validation": logits[:50], "test": logits},
         "labels": {"validation": labels[:50], "test": labels},
@@ -116,6 +118,20 @@ def test_runs_of_another_recipe_are_another_method(four, tmp_path):
     changed.training["recipe"]["lr"] = 0.5
     labels = {method.label for method in methods_of([*four, changed])}
     assert {"vanilla, lr 0.1", "vanilla, lr 0.5"} < labels
+    enlarged = network(tmp_path, "vanilla", 2)
+    enlarged.data["image_size"] = 16
+    labels = {method.label for method in methods_of([*four, enlarged])}
+    assert {"vanilla, image_size None", "vanilla, image_size 16"} < labels
+
+
+def test_curves_of_protocol_lr_are_of_the_network_selected(tmp_path):
+    run = network(tmp_path, "vanilla", 0)
+    run.training["trained_on"] = "train+validation"
+    (run.path.parent / "selection").mkdir()
+    history = run.path.with_name("history.csv")
+    history.rename(run.path.parent / "selection/history.csv")
+    history.write_text("epoch,learning_rate,train_loss\n1,0.1,2.0\n")
+    assert list(plots.read_histories(methods_of([run]))) == [run.path]
 
 
 def test_styles_differ_in_black_and_white_and_in_colour():

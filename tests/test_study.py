@@ -248,6 +248,28 @@ def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(
     assert not list((tmp_path / "none").rglob("metrics.json"))
 
 
+def test_a_training_that_diverges_on_more_images_ends_its_search_alone(
+    here, without_tables, tmp_path
+):
+    own = tmp_path / "My-loss.py"
+    own.write_text(OWN.replace("scale *", "of(trial, scale) *"))
+    with own.open("a") as file:
+        file.write("\n\ndef of(trial, scale):\n    return 1e38 if trial.selected else scale\n")
+    flags = (*SMALL, "--epochs", 1, "--protocol", "lr", "--methods", str(own), "vanilla")
+    out = here(*flags, "--output_dir", tmp_path / "runs", status=1)
+    assert "scaled/seed0: no network" in out
+    assert (tmp_path / "runs/digits/simple_dense/vanilla/seed0/metrics.json").exists()
+
+
+def test_what_was_selected_is_distilled(here, tmp_path):
+    student = "lenet --epochs 1 --batch_size 256 --scale_teacher no"
+    flags = (*SMALL, "--epochs", 1, "--methods", "vanilla", "--distil", student)
+    here(*flags, "--output_dir", tmp_path)
+    students = pd.read_csv(tmp_path / TABLES / "students.csv")
+    assert len(students) == 1
+    assert students["student"].item().startswith("lenet, alpha 0.9, temperature 20")
+
+
 def test_every_training_is_as_deterministic_as_asked(here, without_tables, tmp_path):
     own = tmp_path / "My-loss.py"
     checked = "    assert torch.are_deterministic_algorithms_enabled()\n\n    def loss("
@@ -376,6 +398,7 @@ def test_mlflow_and_tensorboard_are_told_of_every_training(here, tmp_path):
         experiment = client.get_experiment_by_name("study").experiment_id
         runs = client.search_runs([experiment])
         [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        assert parent.info.run_name == "digits/simple_dense"
         children = [run for run in runs if run is not parent]
         assert sorted(run.data.params["smoothing"] for run in children) == ["0.1", "0.3"]
         for child in children:
@@ -390,8 +413,9 @@ def test_mlflow_and_tensorboard_are_told_of_every_training(here, tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
+    board = tmp_path / "board/digits/simple_dense/label-smoothing/seed0"
     for point in "01":
-        events = EventAccumulator(str(tmp_path / "board/label-smoothing/seed0" / point)).Reload()
+        events = EventAccumulator(str(board / point)).Reload()
         assert [event.step for event in events.Scalars("validation_log_loss")] == [1, 2]
 
 
@@ -422,9 +446,13 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):
         (("--methods", "focal --gamma -1..1", "--sampler", "tpe"), "expected"),
         (("--storage", "redis://here"), "postgresql://user@host/database"),
         (("--sampler", "gird"), "did you mean grid?"),
-        (("--heartbeat", "0"), "a whole number in [1, inf) expected"),
+        (("--heartbeat", "0"), "a whole number in [1, 1e+09] expected"),
         (("--seeds", "-1"), "a whole number in [0, 1e+09] expected"),
         (("--num_classes", "3"), "digits has 10 classes"),
+        (("--n_trials", "3"), "does nothing with --sampler grid"),
+        (("--distil", "shalownet"), "did you mean shallownet?"),
+        (("--distil", "shallownet --epohs 3"), "unrecognized arguments: --epohs 3"),
+        (("--distil", ""), "a network and flags expected"),
     ],
 )
 def test_what_cannot_be_studied_is_said_in_one_line(flags, words, refused, tmp_path):

@@ -74,8 +74,8 @@ def find_images(data_dir: Path, part: str) -> dict[str, list[bytes]]:
         images = []
         for path in (entry, *sorted(entry.rglob("*"))):
             refuse_link(path)
-            kind = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-            if kind and not path.is_dir():
+            hidden = any(part.startswith(".") for part in path.relative_to(entry).parts)
+            if path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir():
                 images.append(os.fsencode(path))
         if not images:
             raise InputError(

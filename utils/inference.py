@@ -92,6 +92,20 @@ class Evaluated:
     temperature: float  # fitted to the validation split, here and now where that can be
     warnings: list[str]  # what is to be said of the fit
 
+    @property
+    def recipe(self) -> dict:
+        """All by which runs of one method and its hyper-parameters may differ, but for the seed."""
+        training, teacher = self.training, self.teacher
+        selected = training["requested"] != {
+            k: [v] for k, v in training["hyper_parameters"].items()
+        }
+        guided = teacher and not self.is_student
+        return training["recipe"] | {
+            "image_size": self.data["image_size"],
+            "select_by": training.get("select_by") if selected else None,
+            "teacher": f"{teacher['model']} {teacher['method']}" if guided else None,
+        }
+
 
 def evaluate_checkpoint(
     path: Path, data_dir: str | Path, device: torch.device, streaming: Streaming = AUTO

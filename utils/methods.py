@@ -109,8 +109,6 @@ def load_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    if not hasattr(script, "method"):
-        raise InputError(f"--methods {path} given, but it has no function method(*given)")
     return script
 
 
@@ -125,7 +123,10 @@ def read_method(text: str, study: argparse.Namespace) -> tuple[Method, Space]:
         name, *words = shlex.split(text)
     except ValueError:
         raise InputError(f"--methods {text!r} given, a method and its flags expected") from None
-    script = load_script(find_script(name))
+    path = find_script(name)
+    script = load_script(path)
+    if not hasattr(script, "method"):
+        raise InputError(f"--methods {path} given, but it has no function method(*given)")
     words, logarithmic = _take_ranges(words)
     flags = _shared_flags()
     shared = argparse.Namespace(**{key: getattr(study, key) for key in flags})
@@ -152,6 +153,20 @@ def read_method(text: str, study: argparse.Namespace) -> tuple[Method, Space]:
                 "try all; single values, or --sampler tpe or random, expected"
             )
     return method._replace(args=args), space
+
+
+def student_flags(distil: str) -> list[str]:
+    """The flags of Network-distillation.py that --distil stands for: a student, and more.
+
+    Raises InputError, or ends as the script would, with what is wrong with them.
+    """
+    try:
+        student, *flags = shlex.split(distil)
+    except ValueError:
+        raise InputError(f"--distil {distil!r} given, a network and flags expected") from None
+    parser = load_script(ROOT / "Network-distillation.py").make_parser()
+    parser.parse_args(["--teacher", "best.pt", "--student", student, *flags])
+    return ["--student", student, *flags]
 
 
 def _take_ranges(words: list[str]) -> tuple[list[str], dict[str, bool]]:

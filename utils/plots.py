@@ -138,11 +138,12 @@ def _labels(evaluated: Sequence[Evaluated]) -> list[str]:
             "dataset": run.data["dataset"],
             "model": run.model_name,
             "training": tables.setting(run.training["method"], run.training["requested"]),
-            "recipe": json.dumps(run.training["recipe"]),
+            "recipe": json.dumps(run.recipe),
         }
         for run in evaluated
     ]
-    return list(tables.distinguish(pd.DataFrame(rows))["training"])
+    table = pd.DataFrame(rows)
+    return list(table["training"] + tables.differences(table))
 
 
 def line_style(number: int) -> dict:
@@ -191,7 +192,12 @@ def write_all(
         histories = read_histories(methods)
         if histories:
             add("Training curves", training_curves(methods, histories), CURVES_CAPTION)
-        add("t-SNE", embedding(methods, chosen[title]), TSNE_CAPTION)
+        try:
+            add("t-SNE", embedding(methods, chosen[title]), TSNE_CAPTION)
+        except InputError as error:  # too few images
+            if tsne_classes:
+                raise
+            print(f"left out: the t-SNE of {title} ({error})", file=sys.stderr)
     drawings.append(save(simplex(), output, "loss-triangle", "Loss triangle", SIMPLEX_CAPTION))
     return drawings
 
@@ -256,7 +262,8 @@ RELIABILITY_CAPTION = (
     "temperature scaling (below). Bars: accuracy of the bin. Points: the same at the bin's mean "
     "confidence, with a 95 % Wilson interval; on the diagonal confidence is deserved, below it "
     "the network is overconfident. Beneath: images in each bin. Several seeds are pooled; as they "
-    "share their test images, intervals and counts are for the mean number of images a seed. "
+    "share test images (with --protocol lr some), intervals and counts are for the mean number of "
+    "images a seed. "
     "ECE is the mean over the seeds ± sample standard deviation, as in the tables."
 )
 
@@ -413,8 +420,9 @@ def ece_by_bins(methods: list[Method], bins: int) -> Figure:
 
 CURVES_CAPTION = (
     "Training loss, and log loss, accuracy and ECE of the validation split after each epoch. A "
-    "line for each seed; its marker is the epoch that was kept. Training losses of different "
-    "methods are different quantities and not to be compared in height."
+    "line for each seed; its marker is the epoch that was kept. With --protocol lr the line is of "
+    "the network selected, before it was trained again. Training losses of different methods are "
+    "different quantities and not to be compared in height."
 )
 CURVES = {
     "train_loss": "Training loss (each method's own)",
@@ -429,6 +437,8 @@ def read_histories(methods: list[Method]) -> dict[Path, pd.DataFrame]:
     histories = {}
     for run in (run for method in methods for run in method.runs):
         path = run.path.with_name("history.csv")
+        if run.training["trained_on"] != "train":  # nothing was left to validate on
+            path = run.path.with_name("selection") / "history.csv"
         try:
             table = pd.read_csv(path, usecols=["epoch", *CURVES], dtype=float)
             if table.empty:

@@ -116,7 +116,7 @@ def _section(heading: str, content: str) -> str:
 def _inline(text: object) -> str:
     """Markdown's **bold** and backslash escapes; everything else is text."""
     text = re.sub(r"(?<!\\)\*\*(.+?)(?<!\\)\*\*", r"<strong>\1</strong>", escape(text))
-    return re.sub(r"\\([^\w\s])", r"\1", text)
+    return re.sub(r"\\([^\w\s]|_)", r"\1", text)
 
 
 def _scrolling(content: str, name: str) -> str:

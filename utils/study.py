@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import os
-import shlex
 import socket
 import statistics
 import subprocess
@@ -42,7 +41,7 @@ from optuna.trial import FrozenTrial, TrialState
 from utils import arguments, tables, tracking, training
 from utils.data_loader import ImageData
 from utils.errors import DivergedError, InputError
-from utils.methods import ROOT, Range, Space, needs_teacher
+from utils.methods import ROOT, Range, Space, needs_teacher, student_flags
 from utils.run_folder import InUse, exclusive
 from utils.teacher import VANILLA, make_cross_entropy
 from utils.tracking import Tracker
@@ -196,6 +195,7 @@ class Search:
             "fingerprint": self.data.fingerprint,
             "image_size": args.image_size,
             "output_dir": str(Path(args.output_dir).resolve()),
+            "candidates": str(self.candidates.resolve()),
             "hyper_parameters": self.space,
             "sampler": options.sampler,
             "trials": len(self.planned),
@@ -310,7 +310,8 @@ class Search:
         except DivergedError as diverged:
             said = "diverged"
             print(f"diverged: {diverged}", flush=True)
-            trial.set_user_attr("diverged", str(diverged))
+            with contextlib.suppress(UpdateFinishedTrialError):
+                trial.set_user_attr("diverged", str(diverged))
         except UpdateFinishedTrialError:
             print("taken for dead, and given to another worker", flush=True)
         finally:
@@ -382,6 +383,9 @@ class Search:
             name: [str(values)] if isinstance(values, Range) else values
             for name, values in self.space.items()
         }
+        with exclusive(self.folder / ".lock", wait=False) as free:
+            if not free:  # before anything is said or made for it, as it is asked again and again
+                return False
         try:
             train_trial(
                 _trial(self), method.name, requested, method.make_loss,
@@ -389,6 +393,9 @@ class Search:
             )  # fmt: skip
         except InUse:
             return False
+        except DivergedError as diverged:  # trained again on more images, with --protocol lr
+            print(f"diverged: {diverged}", flush=True)
+            self.failed = True
         return True
 
 
@@ -437,13 +444,14 @@ def run_study(
 ) -> int:
     """Trains, or has others train, until all is done; then the tables. Returns the exit status."""
     folder, started = Path(options.output_dir), time.time()
+    block = f"{options.dataset}/{options.model}"
     storage = open_storage(address, options.heartbeat, folder / ".study.lock")
     with exclusive(folder / ".study.lock"):  # the first worker makes what the others find
         trackers: list[Tracker] = []
         if options.mlflow:
-            trackers.append(tracking.MLflow(options.mlflow, options.study_name))
+            trackers.append(tracking.MLflow(options.mlflow, options.study_name, block))
         if options.tensorboard:
-            trackers.append(tracking.TensorBoard(options.tensorboard))
+            trackers.append(tracking.TensorBoard(Path(options.tensorboard, block)))
     searches: list[Search] = []
     for method, space in methods:
         for seed in sorted({*options.seeds}):
@@ -508,7 +516,6 @@ def print_progress(searches: list[Search]) -> None:
 
 def distil(searches: list[Search], options: argparse.Namespace) -> None:
     """Distils what was selected, each network by one worker, by way of Network-distillation.py."""
-    student, *flags = shlex.split(options.distil)
     left = searches
     while left:
         waiting = []
@@ -518,10 +525,9 @@ def distil(searches: list[Search], options: argparse.Namespace) -> None:
                     waiting.append(search)
                     continue
                 print(f"\n{search.name} is distilled", flush=True)
-                teacher = ("--teacher", search.folder / "best.pt", "--student", student)
                 run_script(
-                    "Network-distillation.py", options, *teacher, *flags,
-                    "--output_dir", options.output_dir,
+                    "Network-distillation.py", options, "--teacher", search.folder / "best.pt",
+                    *student_flags(options.distil), "--output_dir", options.output_dir,
                 )  # fmt: skip
         if len(waiting) == len(left):
             time.sleep(5)
@@ -661,6 +667,7 @@ def print_estimate(
     epochs = (trainings + again) * options.epochs
     seconds = epochs * (steps * step + validation)
     kept, most = seeds * len(methods), trainings
+    stays = most * (weights + state) if options.keep_candidates else 0
     print(
         f"\n{trainings} trainings"
         + f", {again} trained again" * bool(again)
@@ -671,7 +678,7 @@ def print_estimate(
         f"time: {_hours(seconds)} for one worker, "
         f"{_hours(seconds / 4)} for four of this speed\n"
         f"disk: at most {(most * (weights + state)) / 1e6:.0f} MB on the way, "
-        f"{kept * (2 * weights + state) / 1e6:.0f} MB in the end"
+        f"{(stays + kept * (2 * weights + state)) / 1e6:.0f} MB in the end"
     )
 
 

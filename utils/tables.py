@@ -92,16 +92,14 @@ def setting(method: str, requested: dict[str, list]) -> str:
     return ", ".join([method, *values])
 
 
-def distinguish(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds to a `training`, or a `student_setting`, of several recipes what they differ in."""
-    rows = rows.copy()
+def differences(rows: pd.DataFrame) -> pd.Series:
+    """Of each row what tells its recipe from others of the same `training`: ', epochs 2', or ''."""
+    said = pd.Series("", index=rows.index)
     for _, same in rows.groupby([*BLOCK, "training"]):
         recipes = [json.loads(recipe) for recipe in same["recipe"]]
         differing = [key for key in recipes[0] if len({str(r.get(key)) for r in recipes}) > 1]
-        for index, recipe in zip(same.index, recipes, strict=True):
-            extra = "".join(f", {key} {recipe.get(key)}" for key in differing)
-            rows.loc[index, ["training", "student_setting"]] += extra
-    return rows
+        said[same.index] = ["".join(f", {k} {r.get(k)}" for k in differing) for r in recipes]
+    return said
 
 
 def with_students(rows: pd.DataFrame) -> pd.DataFrame:
@@ -113,7 +111,10 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     `student_weights` (a list). `student` tells students of several networks or settings apart; it
     is "" without one. A student whose teacher is not among the rows stands as a network of its own.
     """
-    test = distinguish(rows[rows["split"] == "test"])
+    test = rows[rows["split"] == "test"].copy()
+    test[["training", "student_setting"]] = test[["training", "student_setting"]].add(
+        differences(test), axis=0
+    )
     is_student = test["teacher"].isin(test["weights"])
     students = test[is_student & (test["scaling"] == "no")]
     students = students.assign(student=students["model"] + students["student_setting"])

@@ -44,8 +44,9 @@ def _goes_on(method: Callable) -> Callable:
 class MLflow:
     """One parent run for the study, in it one child for each training."""
 
-    def __init__(self, address: str, study: str) -> None:
-        """address: of a server, or a folder. study: the name of the parent run."""
+    def __init__(self, address: str, study: str, block: str) -> None:
+        """address: of a server, or a folder. study: the experiment. block: data set and network,
+        the name of the parent run."""
         try:
             from mlflow import MlflowClient
         except ImportError:
@@ -58,13 +59,13 @@ class MLflow:
             self.client = MlflowClient(_address(address))
             found = self.client.get_experiment_by_name(study)
             self.experiment = found.experiment_id if found else self.client.create_experiment(study)
-            filters = "tags.`study.parent` = 'yes'"
+            filters = f"tags.`study.parent` = '{block}'"
             parents = self.client.search_runs([self.experiment], filters)
             if parents:
                 self.parent = parents[0].info.run_id
             else:
                 run = self.client.create_run(
-                    self.experiment, tags={"study.parent": "yes"}, run_name=study
+                    self.experiment, tags={"study.parent": block}, run_name=block
                 )
                 self.parent = run.info.run_id
         except Exception as error:  # MlflowException, and what its stores raise
@@ -79,7 +80,8 @@ class MLflow:
             self.known = max((metric.step for metric in earlier), default=0)
             self.client.update_run(self.run, "RUNNING")
             return
-        about = {"method": search.method.name, "seed": search.seed}
+        about = {"dataset": search.data.name, "model": search.options.model}
+        about |= {"method": search.method.name, "seed": search.seed}
         run = self.client.create_run(
             self.experiment,
             tags={"mlflow.parentRunId": self.parent, "trial": str(trial.number)},
@@ -125,12 +127,12 @@ def _address(text: str) -> str:
 class TensorBoard:
     """A folder for each training, below one for each method and seed."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError("--tensorboard needs TensorBoard: pip install tensorboard") from None
-        self.folder, self.new_writer = Path(folder), SummaryWriter
+        self.folder, self.new_writer = folder, SummaryWriter
 
     def start(self, search, trial, values) -> None:
         place = self.folder / search.name / str(trial.user_attrs["point"])
