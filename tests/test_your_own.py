@@ -108,18 +108,20 @@ def commands(project):
 
 
 def test_the_commands_of_the_page_train_what_it_adds(project, commands):
-    assert len(commands) == 7
+    assert len(commands) == 8
     finished = {str(path.parent.relative_to(project)) for path in project.rglob("metrics.json")}
     assert finished == {
-        f"runs/{name}/seed0"
+        f"{name}/seed0"
         for name in (
-            "imagefolder/shallownet/vanilla",
-            "letters/shallownet/label-smoothing",
-            "letters/timm-mobilenetv3_small_050/vanilla",
-            "digits/tiny/vanilla",
-            "digits/tiny/distilled-tiny-vanilla",
-            "digits/tiny/distilled-tiny-vanilla-scaled",
-            "digits/tiny/poly",
+            "runs/imagefolder/shallownet/vanilla",
+            "runs/letters/shallownet/label-smoothing",
+            "runs/letters/timm-mobilenetv3_small_050/vanilla",
+            "runs/digits/tiny/vanilla",
+            "runs/digits/tiny/distilled-tiny-vanilla",
+            "runs/digits/tiny/distilled-tiny-vanilla-scaled",
+            "runs/digits/tiny/poly",
+            "study/digits/tiny/vanilla",
+            "study/digits/tiny/poly",
         )
     }
 
