@@ -111,9 +111,10 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     `student_weights` (a list). `student` tells students of several networks or settings apart; it
     is "" without one. A student whose teacher is not among the rows stands as a network of its own.
     """
-    test = rows[rows["split"] == "test"].copy()
-    test[["training", "student_setting"]] = test[["training", "student_setting"]].add(
-        differences(test), axis=0
+    test = rows[rows["split"] == "test"]
+    extra = differences(test)
+    test = test.assign(
+        training=test["training"] + extra, student_setting=test["student_setting"] + extra
     )
     is_student = test["teacher"].isin(test["weights"])
     students = test[is_student & (test["scaling"] == "no")]
@@ -127,7 +128,8 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     taught = taught.rename(columns={"teacher": "weights", "teacher_scaling": "scaling"})
     networks, setting = test[~is_student], [*BLOCK, "training", "scaling"]
     # Where some seeds of a setting have students, its other seeds stand beside them without.
-    students = networks.merge(taught)[[*setting, "student"]].drop_duplicates()
+    students = networks.merge(taught, on=["weights", "scaling"])
+    students = students[[*setting, "student"]].drop_duplicates()
     joined = networks.merge(students, how="left", on=setting)
     joined = joined.merge(taught, how="left", on=["weights", "scaling", "student"])
     return joined.fillna({"student": ""})
