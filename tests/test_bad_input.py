@@ -66,6 +66,15 @@ def test_memory_that_is_short_is_said_in_one_line(refused, monkeypatch, tmp_path
     assert "Tried to allocate 9.00 GiB.; smaller batches (--batch_size)" in error
 
 
+def test_a_network_that_cannot_be_compiled_leaves_nothing(refuses, monkeypatch):
+    def compiled(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    error = refuses("Vanilla-cross-entropy.py", "--compile", "--device", "cpu")
+    assert "--compile does not work on cpu here (RuntimeError: no compiler)" in error
+
+
 def test_a_class_without_images_has_no_average():
     make_loss = runpy.run_path(str(ROOT / "Instance-based-smoothing.py"))["make_loss"]
     answers = torch.zeros(2, 3), torch.tensor([0, 1])  # of two images, none of them of class 2

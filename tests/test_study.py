@@ -303,9 +303,9 @@ def test_a_range_is_sampled_as_often_as_asked_for(here, without_tables, tmp_path
 
 
 def test_a_path_is_no_range():
-    words = ["--teacher", "../runs/../best.pt", "a..b", "--gamma", "0.1..2:log", "1e-3..1"]
+    words = ["--teacher", "../runs/../best.pt", "a..b", "--gamma", "0.1..2:log", ".5..1"]
     plain, logarithmic = methods._take_ranges(words)
-    assert plain == [*words[:4], "0.1", "2", "1e-3", "1"]
+    assert plain == [*words[:4], "0.1", "2", ".5", "1"]
     assert logarithmic == {"gamma": False}
 
 

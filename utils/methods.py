@@ -175,7 +175,7 @@ def _take_ranges(words: list[str]) -> tuple[list[str], dict[str, bool]]:
     for word in words:
         if word.startswith("--"):
             flag = word.removeprefix("--")
-        if match := re.fullmatch(r"([0-9][^/]*?)\.\.([^/]+?)(:log)?", word):
+        if match := re.fullmatch(r"([0-9.][^/]*?)\.\.([^/]+?)(:log)?", word):
             logarithmic[flag] = match[3] is not None
             plain += match[1], match[2]
         else:

@@ -516,7 +516,7 @@ def print_progress(searches: list[Search]) -> None:
 
 def distil(searches: list[Search], options: argparse.Namespace) -> None:
     """Distils what was selected, each network by one worker, by way of Network-distillation.py."""
-    left = searches
+    student, left = student_flags(options.distil), searches
     while left:
         waiting = []
         for search in left:
@@ -527,7 +527,7 @@ def distil(searches: list[Search], options: argparse.Namespace) -> None:
                 print(f"\n{search.name} is distilled", flush=True)
                 run_script(
                     "Network-distillation.py", options, "--teacher", search.folder / "best.pt",
-                    *student_flags(options.distil), "--output_dir", options.output_dir,
+                    *student, "--output_dir", options.output_dir,
                 )  # fmt: skip
         if len(waiting) == len(left):
             time.sleep(5)

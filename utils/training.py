@@ -588,6 +588,7 @@ def _choose_algorithms(recipe: dict, device: torch.device) -> None:
 
 def _check_network(trial: Trial) -> None:
     """What would fail in the first step fails here, before anything is written."""
+    _choose_algorithms(trial.recipe, trial.device)
     processes = distributed.shard().count
     if _steps(trial) == 0 or trial.recipe["batch_size"] < processes:
         raise InputError(
