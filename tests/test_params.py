@@ -78,8 +78,8 @@ def test_no_two_sources_for_the_same():
     [
         ("vanilla", "cifar10", "resnet18", {"lr": 0.1, "batch_size": 512, "epochs": 100}),
         ("instance-based-ils2", "cifar100", "resnet50", {"smoothing": [0.01, 0.05, 0.1]}),
-        ("focal", "cifar100", "resnet56", {"milestones": [75, 150, 225], "epochs": 300}),
-        ("label-relaxation", "cifar10", "vgg16", {"lr": 0.01, "batch_size": 64, "fall": 0.1}),
+        ("focal", "cifar100", "resnet56", {"milestones": [75, 150, 225], "weight_decay": 2e-4}),
+        ("label-relaxation", "cifar10", "vgg16", {"lr": 0.01, "weight_decay": 1e-3, "fall": 0.1}),
         ("vanilla", "mnist", "simple_dense", {"schedule": "constant", "epochs": 25}),
         ("distillation", "cifar10", "shallownet", {"optimizer": "adam", "lr": 0.001}),
     ],
