@@ -316,3 +316,15 @@ def test_different_test_images_of_one_seed_are_not_compared(evaluate, runs, monk
 def test_a_network_given_twice_is_one_seed(evaluate, runs, tmp_path):
     evaluate(runs / "vanilla", runs / "vanilla/seed0/best.pt", "--bootstrap", 10)
     assert list(pd.read_csv(tmp_path / "out/summary.csv")["seeds"]) == [2, 2]
+
+
+def test_a_training_that_has_not_ended_is_pointed_out(tmp_path, capsys):
+    places = ("ended", "running", "kept/candidates/single")
+    paths = [tmp_path / place / "best.pt" for place in places]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        path.with_name("config.json").touch()
+    paths[0].with_name("metrics.json").touch()
+    assert checkpoint.find([*map(str, paths)]) == paths
+    assert capsys.readouterr().err == f"warning: {paths[1]}: its training has not ended\n"

@@ -8,7 +8,7 @@ import pytest
 from conftest import run_here
 
 from models import MODELS
-from utils.arguments import PARAMS, add_hyper_parameter, settle, training_parser
+from utils.arguments import PARAMS, add_hyper_parameter, recipe, settle, training_parser
 from utils.data_loader import READERS
 
 HYPER_PARAMETERS = {
@@ -98,6 +98,12 @@ def test_a_schedule_of_ones_own_comes_without_the_published_milestones():
     args = parse("vanilla", "--schedule", "cosine")
     taken = settle(args, "vanilla", "cifar10", "resnet18")
     assert (taken.schedule, taken.milestones, taken.fall) == ("cosine", None, 0.1)
+    assert taken.epochs == 100
+
+
+def test_a_protocol_of_ones_own_comes_without_the_published_early_stopping():
+    taken = settle(parse("vanilla", "--protocol", "lr"), "vanilla", "cifar10", "resnet18")
+    assert recipe(taken, "cifar10", taken.protocol, None)["estop"] == 0
     assert taken.epochs == 100
 
 

@@ -95,6 +95,8 @@ def test_a_student_is_told_that_its_teacher_saw_the_validation_images(runs):
     assert "was trained on 239 of the 239 validation images" in done.err
     (student,) = checkpoint.find([str(folder / "students")])
     assert checkpoint.load(student).data["protocol"] == "lr"
+    done = run("Models-evaluation.py", student, "--output_dir", folder / "students/tables")
+    assert "trained on 239 of its 239 validation images, so its temperature" in done.err
 
 
 def test_what_keeps_the_last_epoch_has_no_early_stop(refused, tmp_path):

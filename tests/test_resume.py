@@ -260,9 +260,7 @@ def test_a_signal_between_two_trials_is_obeyed(forks, tmp_path):
     assert "finished earlier" in said
 
 
-def test_a_signal_in_a_finalizer_is_not_lost():
-    """Python ignores what is raised there."""
-    program = """
+IN_A_FINALIZER = """
 import os, signal, time
 from utils.errors import run
 
@@ -277,6 +275,25 @@ def main():
 
 run(main)
 """
+WHILE_IT_DIVERGES = """
+import os, signal
+from utils.errors import DivergedError, StopRequest, run
+
+def main():
+    try:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise DivergedError("of this training, and a study goes on to the next")
+    except DivergedError:
+        pass
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("program", [IN_A_FINALIZER, WHILE_IT_DIVERGES])
+def test_a_signal_is_not_lost_where_another_exception_passes(program):
+    """Python ignores what is raised in a finalizer."""
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -201,7 +201,7 @@ def test_two_workers_share_a_sqlite_file_and_stop_and_start_at_will(here, withou
     assert (one / name).read_bytes() == (two / name).read_bytes()
     assert same_bits(*((run / name).with_name("best.pt") for run in (one, two)))
     again = here(*flags, "--output_dir", tmp_path / "two")
-    assert "finished earlier" in again
+    assert "study: 3 of 3 trainings done, 1 of 1 selected and tested" in again
     assert " trial " not in again
 
 
@@ -453,6 +453,9 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):
         (("--distil", "shalownet"), "did you mean shallownet?"),
         (("--distil", "shallownet --epohs 3"), "unrecognized arguments: --epohs 3"),
         (("--distil", ""), "a network and flags expected"),
+        (("--distil", "lenet --seed 5"), "--seed is the study's to give"),
+        (("--distil", "lenet --teacher runs"), "--teacher is the study's to give"),
+        (("--model", "shallownet", "--batch_size", "1", "--dry_run"), "batches of 1"),
     ],
 )
 def test_what_cannot_be_studied_is_said_in_one_line(flags, words, refused, tmp_path):
@@ -471,8 +474,49 @@ def test_a_database_that_does_not_answer_is_named_without_its_password(here, tmp
 def test_another_study_is_not_mixed_in(here, without_tables, tmp_path):
     flags = (*SMALL, "--methods", "focal --gamma 1", "--output_dir", tmp_path)
     here(*flags, "--epochs", 1)
+    shutil.rmtree(tmp_path / "digits")
     error = here(*flags, "--epochs", 2, status=2).strip().splitlines()[-1]
     assert "other settings: epochs is 1 there and 2 here" in error
+
+
+def test_a_run_of_other_settings_is_refused_before_its_search_begins(here, tmp_path):
+    """An unfinished one; and a finished one whose teacher is still to be trained."""
+    script = (*SMALL[:-2], "--output_dir", tmp_path)
+    flags = (*SMALL, "--epochs", 1, "--output_dir", tmp_path, "--methods", "vanilla")
+    place = tmp_path / "digits/simple_dense/vanilla/seed0"
+    smoothed = ("--smoothing", 0.1, 0.2)
+    assert not run_here("Instance-based-smoothing.py", *script, "--epochs", 1, *smoothed)
+    said = here(*flags, "instance-based --smoothing 0.1 0.2 0.3 --temperature 1", status=2)
+    assert "instance-based-ils2/seed0 holds another configuration: hyper_parameters" in said
+    assert " trial " not in said
+    shutil.rmtree(place)
+    said = here(*flags, "instance-based --smoothing 0.1 0.2 0.3 --temperature 1", status=2)
+    assert "instance-based-ils2/seed0 holds another configuration: hyper_parameters" in said
+    assert re.findall(r"\n(.*) trial ", said) == ["vanilla/seed0"]
+    shutil.rmtree(place)
+    assert not run_here("Vanilla-cross-entropy.py", *script, "--epochs", 2)
+    (place / "metrics.json").unlink()
+    said = here(*flags, "--study_name", "new", status=2)
+    assert "vanilla/seed0 holds another configuration: recipe.epochs is 2 there" in said
+    assert " trial " not in said
+
+
+def test_a_run_that_its_own_script_has_finished_is_taken_as_it_is(here, tmp_path):
+    script = (*SMALL[:-2], "--epochs", 1, "--output_dir", tmp_path)
+    assert not run_here("Vanilla-cross-entropy.py", *script)
+    flags = ("--methods", "vanilla", "label-smoothing --smoothing 0.1 0.2")
+    said = here(*SMALL, "--epochs", 1, *flags, "--output_dir", tmp_path)
+    assert {*re.findall(r"\n(.*) trial ", said)} == {"label-smoothing/seed0"}
+    assert set(pd.read_csv(tmp_path / TABLES / "selected.csv")["method"]) == {"label-smoothing"}
+    assert len(pd.read_csv(tmp_path / TABLES / "summary.csv")) == 4
+
+
+def test_a_folder_that_tensorboard_cannot_use_is_named(here, tmp_path):
+    (tmp_path / "file").touch()
+    flags = ("--methods", "vanilla", "--tensorboard", tmp_path / "file")
+    said = here(*SMALL, *flags, "--output_dir", tmp_path / "runs", status=2)
+    assert f"--tensorboard {tmp_path / 'file'}" in said
+    assert "cannot be used" in said
 
 
 @pytest.mark.parametrize(

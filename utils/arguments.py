@@ -452,8 +452,9 @@ def _with_published(args, method: str, dataset: str, model: str) -> argparse.Nam
             f"--params published has nothing for {method} on {dataset} with {model}; the nearest "
             f"that it has: {'; '.join(_nearest_published(method, dataset, model))}"
         )
-    # Milestones belong to the schedule they were published with.
+    # Milestones belong to the schedule they were published with, early stopping to the protocol.
     given = args.given | ({"milestones", "fall"} if "schedule" in args.given else set())
+    given |= {"estop"} if "protocol" in args.given and args.protocol == "lr" else set()
     taken = {name: value for name, value in settings.items() if name not in given}
     left = [
         f"{name} {_in_words(getattr(args, name))}, not {_in_words(value)}"

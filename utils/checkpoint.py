@@ -407,6 +407,10 @@ def find(paths: list[str]) -> list[Path]:
             found.update(dict.fromkeys(inside))
         else:
             found[path] = None
+    for path in found:
+        started, ended = (path.with_name(name).exists() for name in ("config.json", "metrics.json"))
+        if started and not ended and "candidates" not in path.parts:  # these have no metrics.json
+            print(f"warning: {path}: its training has not ended", file=sys.stderr)
     return list(found)
 
 

@@ -96,8 +96,8 @@ def teacher_warning(
             f"{student.path} has a {name} that was trained on {test} of its {len(ours.test)} test "
             "images; a teacher of the same seed, --tr_size and --protocol would do"
         )
-    if not validation or student.training["trained_on"] != "train":
-        return None  # where the student is trained on them too, nothing is measured with them
+    if not validation:
+        return None
     return (
         f"its {name} was trained on {validation} of its {len(ours.validation)} validation images, "
         "so its temperature and what was chosen by them are too good to be true"

@@ -63,8 +63,9 @@ class StopRequest:
         else:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
-        if self.number and exception in (None, GeneratorExit):  # the latter: the loop was left
-            raise Stopped(self.number, saved=True)
+        if self.number and exception in (None, GeneratorExit, DivergedError):
+            # Closing a training that waits after an epoch raises GeneratorExit in it.
+            raise Stopped(self.number, saved=exception is not DivergedError)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 GRIDS = tuple(name for name in PARAMS["grids"] if not name.endswith("students"))
 SAMPLERS = ("grid", "tpe", "random")
 PRUNERS = ("none", "median", "hyperband")
+# What a study hands on to the scripts that distil and evaluate.
+SHARED = ("data_dir", "device", "ece_bins", "stream", "workers")
 
 
 class Range(NamedTuple):
@@ -165,7 +167,15 @@ def student_flags(distil: str) -> list[str]:
     except ValueError:
         raise InputError(f"--distil {distil!r} given, a network and flags expected") from None
     parser = load_script(ROOT / "Network-distillation.py").make_parser()
-    parser.parse_args(["--teacher", "best.pt", "--student", student, *flags])
+    parsed = parser.parse_args(["--teacher", "best.pt", "--student", student, *flags])
+    ours = parsed.given & {*SHARED, "seed", "output_dir", "overwrite"}
+    if parsed.teacher != ["best.pt"]:
+        ours.add("teacher")
+    if ours:
+        raise InputError(
+            f"--distil {distil!r} given, but --{min(ours)} is the study's to give; other flags of "
+            "Network-distillation.py expected"
+        )
     return ["--student", student, *flags]
 
 

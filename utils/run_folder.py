@@ -68,7 +68,13 @@ def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:
         checkpoint.remove_temporaries(place)
     if overwrite:
         _remove_run(folder)
-    elif any((folder / name).exists() for name in RUN_FILES):
+    else:
+        check(folder, settings)
+
+
+def check(folder: Path, settings: dict) -> None:
+    """Raises InputError if the folder holds a run, finished or not, of other settings."""
+    if any((folder / name).exists() for name in RUN_FILES):
         check_settings(folder / "config.json", settings)
 
 
@@ -106,7 +112,7 @@ def read_json(path: Path, limit: int = 2**24) -> dict:
 def damaged(path: Path, error: Exception) -> InputError:
     return InputError(
         f"{path} is damaged ({type(error).__name__}: {error}); give another --output_dir, or "
-        "--overwrite to start anew"
+        "let its script start anew with --overwrite"
     )
 
 
@@ -121,7 +127,7 @@ def check_settings(config: Path, settings: dict) -> None:
             raise InputError(
                 f"{config.parent} holds another configuration: {name} is "
                 f"{reprlib.repr(there.get(name))} there and {reprlib.repr(here.get(name))} here; "
-                "give another --output_dir, or --overwrite to start anew"
+                "give another --output_dir, or let its script start anew with --overwrite"
             )
 
 

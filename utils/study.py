@@ -41,7 +41,7 @@ from optuna.trial import FrozenTrial, TrialState
 from utils import arguments, tables, tracking, training
 from utils.data_loader import ImageData
 from utils.errors import DivergedError, InputError
-from utils.methods import ROOT, Range, Space, needs_teacher, student_flags
+from utils.methods import ROOT, SHARED, Range, Space, needs_teacher, student_flags
 from utils.run_folder import InUse, exclusive
 from utils.teacher import VANILLA, make_cross_entropy
 from utils.tracking import Tracker
@@ -155,6 +155,7 @@ class Search:
     trackers: list[Tracker]
     teacher: "Search | None" = None  # whose network must be there before
     failed: bool = False  # nothing came of it: every training diverged, or the teacher's did
+    checked: bool = False  # whether its folder may be used
 
     @property
     def folder(self) -> Path:
@@ -181,8 +182,15 @@ class Search:
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do. The candidates are removed last."""
-        finished = (self.folder / "metrics.json").exists()
+        finished = self.checked and (self.folder / "metrics.json").exists()
         return self.failed or (finished and not (self.folder / "candidates").exists())
+
+    @cached_property
+    def requested(self) -> dict[str, list]:
+        return {
+            name: [str(values)] if isinstance(values, Range) else values
+            for name, values in self.space.items()
+        }
 
     # ------------------------------------------------------------------ plan
 
@@ -268,14 +276,24 @@ class Search:
 
     # -------------------------------------------------------------- training
 
+    def check(self) -> None:
+        """Once, as soon as its teacher is there, which is part of the settings of a run.
+
+        Raises InputError if the settings cannot be trained with, or the folder holds a run,
+        finished or not, of others.
+        """
+        if self.checked or self.failed or (self.teacher and not self.teacher.settled):
+            return
+        if self.teacher and self.teacher.failed:
+            self.failed = True
+        else:
+            training.check_trial(_trial(self), self.method.name, self.requested)
+            self.checked = True
+
     def advance(self) -> bool:
         """Does the next thing that can be done, a training or the end. False: there is none."""
-        if self.teacher:
-            if not self.teacher.settled:
-                return False
-            self.failed = self.teacher.failed
-        if self.failed:
-            return True
+        if not self.checked:  # as its teacher is not there
+            return False
         trial = self.take()
         if trial:
             self.train(trial)
@@ -378,17 +396,12 @@ class Search:
             self.failed = True
             return True
         distinct = {combination_name(values): values for values in combinations}
-        method = self.method
-        requested = {
-            name: [str(values)] if isinstance(values, Range) else values
-            for name, values in self.space.items()
-        }
         with exclusive(self.folder / ".lock", wait=False) as free:
             if not free:  # before anything is said or made for it, as it is asked again and again
                 return False
         try:
             train_trial(
-                _trial(self), method.name, requested, method.make_loss,
+                _trial(self), self.method.name, self.requested, self.method.make_loss,
                 [*distinct.values()], self.candidates,
             )  # fmt: skip
         except InUse:
@@ -479,20 +492,25 @@ def run_study(
 
 def work(searches: list[Search], pause: float) -> None:
     """Does what there is to do until all searches are settled, by this worker or by others."""
-    for search in searches:
-        here = search.teacher is None or search.teacher.settled
-        if here and (search.folder / "metrics.json").exists():
-            search.finish()  # only checks that it was made with these settings
-    waits = False
-    while left := [search for search in searches if not search.settled]:
+    waits, left = False, unsettled(searches)
+    if len(left) < len(searches):
+        print_progress(searches)
+    while left:
         if any(search.advance() for search in left):
             waits = False
             print_progress(searches)
-            continue
-        if not waits:
-            print("waiting: what is left is in the hands of other workers", flush=True)
-        waits = True
-        time.sleep(pause)
+        else:
+            if not waits:
+                print("waiting: what is left is in the hands of other workers", flush=True)
+            waits = True
+            time.sleep(pause)
+        left = unsettled(searches)
+
+
+def unsettled(searches: list[Search]) -> list[Search]:
+    for search in searches:  # a teacher comes before what it teaches
+        search.check()
+    return [search for search in searches if not search.settled]
 
 
 def print_progress(searches: list[Search]) -> None:
@@ -575,9 +593,8 @@ def find_students(searches: list[Search], options: argparse.Namespace) -> list[P
 
 
 def run_script(name: str, options: argparse.Namespace, *arguments) -> None:
-    shared = ("data_dir", "device", "ece_bins", "stream", "workers")
-    given = {key: getattr(options, key) for key in shared}
-    flags = [word for key in shared if given[key] is not None for word in (f"--{key}", given[key])]
+    given = {key: getattr(options, key) for key in SHARED}
+    flags = [word for key in SHARED if given[key] is not None for word in (f"--{key}", given[key])]
     command = [sys.executable, ROOT / name, *arguments, *flags]
     status = subprocess.run([*map(str, command)]).returncode
     if status:
@@ -600,11 +617,16 @@ def selected_values(searches: list[Search]) -> pd.DataFrame:
     """
     rows = []
     for search in searches:
+        choices = {
+            name: values
+            for name, values in search.space.items()
+            if isinstance(values, Range) or len(values) > 1
+        }
+        if not choices:  # a run that its own script has finished has no search.csv then
+            continue
         found = pd.read_csv(search.folder / "search.csv")
         chosen = found[found["selected"]].iloc[0]
-        for name, values in search.space.items():
-            if not isinstance(values, Range) and len(values) == 1:
-                continue
+        for name, values in choices.items():
             value = chosen[name]
             place, edge = position(value, values)
             rows.append(

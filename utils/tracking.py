@@ -132,6 +132,10 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError("--tensorboard needs TensorBoard: pip install tensorboard") from None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--tensorboard {folder} cannot be used: {error}") from None
         self.folder, self.new_writer = folder, SummaryWriter
 
     def start(self, search, trial, values) -> None:

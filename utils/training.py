@@ -241,9 +241,11 @@ def train_trial(
         f"training, {validation} validation, {test} test images · {trial.device}",
         flush=True,
     )
-    _check_network(trial)
-    settings = {**_settings(trial, method, requested), "select_by": trial.select_by}
+    size = _check_network(trial)
+    if size != trial.data.input_shape[1:]:
+        print("images are enlarged to {}x{} pixels for the network".format(*size))
     combinations = combinations or all_combinations(requested)
+    settings = _run_settings(trial, method, requested)
     with run_folder.held(folder, settings, trial.device, trial.overwrite):
         best, metrics_file = folder / "best.pt", folder / "metrics.json"
         if metrics_file.exists():
@@ -261,6 +263,12 @@ def train_trial(
         if distributed.is_first():
             shutil.rmtree(folder / "candidates", ignore_errors=True)
     return best
+
+
+def check_trial(trial: Trial, method: str, requested: dict[str, list]) -> None:
+    """Raises InputError for what `train_trial` would refuse. Nothing is written."""
+    _check_network(trial)
+    run_folder.check(trial.folder(method), _run_settings(trial, method, requested))
 
 
 def all_combinations(requested: dict[str, list]) -> list[dict]:
@@ -289,6 +297,10 @@ def _settings(trial: Trial, method: str, requested: dict) -> dict:
         "ece_bins": trial.ece_bins,
         "teacher": trial.teacher_description,
     }
+
+
+def _run_settings(trial: Trial, method: str, requested: dict) -> dict:
+    return {**_settings(trial, method, requested), "select_by": trial.select_by}
 
 
 def train_candidate(
@@ -586,8 +598,11 @@ def _choose_algorithms(recipe: dict, device: torch.device) -> None:
             ) from None
 
 
-def _check_network(trial: Trial) -> None:
-    """What would fail in the first step fails here, before anything is written."""
+def _check_network(trial: Trial) -> tuple[int, int]:
+    """What would fail in the first step fails here, before anything is written.
+
+    Returns the (height, width) at which images enter the network.
+    """
     _choose_algorithms(trial.recipe, trial.device)
     processes = distributed.shard().count
     if _steps(trial) == 0 or trial.recipe["batch_size"] < processes:
@@ -610,8 +625,7 @@ def _check_network(trial: Trial) -> None:
             f"{trial.model_name} has {', '.join(sorted(unable))}, whose statistics {processes} "
             "processes cannot share; one process, or a network with torch's own batch norm expected"
         )
-    if model.network_size != model.input_shape[1:]:
-        print("images are enlarged to {}x{} pixels for the network".format(*model.network_size))
+    return model.network_size
 
 
 def _new_model(trial: Trial) -> ImageClassifier:
@@ -653,7 +667,7 @@ def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple
     Returns the seconds of a step and of a validation, the steps of an epoch, and the bytes of
     best.pt and of last.pt.
     """
-    _choose_algorithms(trial.recipe, trial.device)
+    _check_network(trial)
     torch.manual_seed(trial.seed)
     model = _new_model(trial)
     optimizer = _new_optimizer(model, trial.recipe)
