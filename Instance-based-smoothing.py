@@ -43,7 +43,7 @@ def make_loss(trial, variant, **hyper_parameters):
         logits, labels = collect_logits(trial.teacher.model, trial.data, trial.splits.train)
         temperature = hyper_parameters["temperature"]
         try:
-            averages = class_average_logits(logits, labels, logits.shape[1], temperature)
+            averages = class_average_logits(logits, labels, temperature)
         except ValueError as error:  # a class without images
             raise InputError(f"--variant class, in the training split: {error}") from None
         averages = averages.to(trial.device)

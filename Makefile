@@ -1,8 +1,8 @@
 # make demo   train, distil and evaluate on the digits data set, from nothing
 # make test   check the code and run all tests
-# make results  measure the tables of results/ anew, or go on where that was stopped; each has a
-#               target of its own below. The cost of those for a CPU is in results/README.md; densenet
-#               and resnet18 need a GPU
+# make results  measure the tables of results/ that have a target below anew, or go on where that
+#               was stopped. The cost of those for a CPU is in results/README.md; densenet and
+#               resnet18 need a GPU
 # make clean  remove the virtual environment and what the demo made
 
 PYTHON ?= python3

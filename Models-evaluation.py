@@ -43,7 +43,7 @@ def main() -> int:
     comparison.check_test_images(results)
     rows = tables.with_students(results)
 
-    images = test_images(networks) if args.bootstrap or args.compare else {}
+    images = samples(networks) if args.bootstrap or args.compare else {}
     bootstrap = None
     if args.bootstrap:
         bootstrap = comparison.Bootstrap(images, args.ece_bins, args.bootstrap)
@@ -203,7 +203,7 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
     return rows
 
 
-def test_images(networks: list[Evaluated]) -> dict[comparison.Run, tuple]:
+def samples(networks: list[Evaluated]) -> dict[comparison.Run, tuple]:
     """The hash of each network's test split, and what each of its images adds to the metrics."""
     return {
         (network.weights_hash, scaling): (

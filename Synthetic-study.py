@@ -64,7 +64,7 @@ def candidates(args, labels, teacher_logits, calibrated_logits) -> dict[str, lis
         for temperature in args.temperature:
             # The teacher of a point is what its network says of the point's class on average.
             averages = [
-                class_average_logits(u, y, u.shape[1], temperature)[y]
+                class_average_logits(u, y, temperature)[y]
                 for u, y in zip(teacher_logits, labels, strict=True)
             ]
             for each in instance_based("class", "smoothing"):

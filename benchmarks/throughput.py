@@ -66,7 +66,7 @@ from utils.teacher import make_cross_entropy  # noqa: E402
 SMALL = ("shallownet", "simple_dense", "lenet")
 NETWORKS = ("resnet18", "densenet", "inceptionv4", "shallownet", "simple_dense")
 IMAGES, VALIDATION = 60_000, 8
-NEW_MODEL = training._new_model
+NEW_MODEL = training.new_model
 FEWEST_STEPS = 2  # of a round, however slow the network
 
 Measures = Iterator[dict[str, float]]  # a dictionary a round
@@ -134,8 +134,8 @@ def ceiling(case: Case) -> Measures:
 def resident_step(case: Case):
     """A training step on a batch that stays where it is, and the network."""
     trial = case.trial("none")
-    model = training._new_model(trial)
-    optimizer = training._new_optimizer(model, trial.recipe)
+    model = training.new_model(trial)
+    optimizer = training.new_optimizer(model, trial.recipe)
     network = trial.compiled(model)
     batch = next(ordered_batches(trial.data, trial.splits.train, case.batch_size))
 
@@ -178,7 +178,7 @@ def through_fit(case: Case, name: str, augment: str, make_loss: Callable, **valu
         return loss
 
     with tempfile.TemporaryDirectory() as folder:
-        epochs = training.fit(trial, "benchmark", values, {}, make_watched_loss, Path(folder))
+        epochs = training.fit(trial, "benchmark", values, make_watched_loss, Path(folder))
         with contextlib.closing(epochs):
             next(epochs)
             while True:
@@ -255,7 +255,7 @@ def plain(case: Case) -> Measures:
 @torch.no_grad()
 def evaluation(case: Case) -> Measures:
     trial = case.trial("none")
-    model = training._new_model(trial)
+    model = training.new_model(trial)
     indices = trial.splits.train[: case.steps * case.batch_size]
     batch = next(ordered_batches(trial.data, indices, case.batch_size))
     while True:
@@ -283,10 +283,10 @@ def one_network(case: Case) -> Iterator[None]:
     """Within this context all training is of one network with one optimizer."""
     trial = case.trial("none")
     model = NEW_MODEL(trial)
-    optimizer = training._new_optimizer(model, trial.recipe)
+    optimizer = training.new_optimizer(model, trial.recipe)
     with (
-        mock.patch.object(training, "_new_model", return_value=model),
-        mock.patch.object(training, "_new_optimizer", return_value=optimizer),
+        mock.patch.object(training, "new_model", return_value=model),
+        mock.patch.object(training, "new_optimizer", return_value=optimizer),
     ):
         yield
 
@@ -462,7 +462,7 @@ def main() -> None:
 def ready(case: Case, seconds: float) -> Case:
     """With the precision and the number of steps chosen."""
     recipe = case.trial("none").recipe
-    training._choose_algorithms(recipe, case.device)
+    training.choose_algorithms(recipe, case.device)
     case = replace(case, precision=recipe["precision"])
     with contextlib.closing(ceiling(case)) as rounds:
         next(rounds)

@@ -180,7 +180,7 @@ def test_class_averages_are_log_distributions_within_the_range_of_their_class(
     g = torch.Generator().manual_seed(seed)
     u = scale * (2 * torch.rand(3 * classes, classes, generator=g) - 1)
     y = torch.arange(classes).repeat(3)
-    averages = class_average_logits(u, y, classes, temperature=temperature)
+    averages = class_average_logits(u, y, temperature)
     assert averages.isfinite().all()
     torch.testing.assert_close(averages.exp().sum(1), torch.ones(classes))
     log_q = torch.log_softmax(u.double() / temperature, dim=1).view(3, classes, classes)

@@ -28,7 +28,7 @@ def test_epochs_do_not_grow_memory(tmp_path):
     args.device = torch.device("cpu")
     data = replace(data_loader.load("digits"), train_size=160)
     trial = training.new_trial(args, data, args.model, 0, vars(args))
-    epochs = training.fit(trial, "vanilla", {}, {}, make_cross_entropy, tmp_path)
+    epochs = training.fit(trial, "vanilla", {}, make_cross_entropy, tmp_path)
     resident = {}
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(epochs):
         for progress in epochs:

@@ -60,9 +60,10 @@ def page(tmp_path_factory):
         }
         | {f"column {i}": ["wide " * 5] * 2 for i in range(12)}
     )
+    narrow = pd.DataFrame({"a": ["1", ""], "**b**": ["x|y", EVIL]})
     texts = {
         EVIL: tables.markdown(cells, "A caption of the table."),
-        "Frame": pd.DataFrame({"a": [1.23456789, float("nan")], "**b**": ["x|y", EVIL]}),
+        "Narrow": tables.markdown(narrow, ""),
     }
     path = folder / "new folder" / "report.html"
     report.write(path, texts, drawings, [run, other])
@@ -97,7 +98,6 @@ def test_tables_hold_the_cells(page):
     text = page[0].read_text()
     assert "<strong>0.1234</strong> ± 0.001" in text
     assert "vanilla | a\\b **not bold**" in parsed.text
-    assert "<td>1.2346</td>" in text
     assert "<td>x|y</td>" in text
     assert '<th scope="col">**b**</th>' in text
     assert "A caption of the table." in parsed.text

@@ -225,12 +225,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
 
 
 def _build(described: dict) -> ImageClassifier:
-    size = described.get("network_size")
     return build_model(
         described["name"],
         tuple(described["input_shape"]),
         described["num_classes"],
-        network_size=tuple(size) if size else None,
+        network_size=tuple(described["network_size"]),
     )
 
 
@@ -328,6 +327,10 @@ def _check_fields(content: dict) -> None:
             _list_of(_whole(1, MAX_SIDE), lambda length: length == 3),
             f"[channels, height, width], each 1 to {MAX_SIDE}",
         ),
+        "model.network_size": (
+            _list_of(_whole(1, MAX_SIDE), lambda length: length == 2),
+            f"[height, width], each 1 to {MAX_SIDE}",
+        ),
         "weights": (
             lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
             "a dictionary of tensors",
@@ -374,11 +377,6 @@ def _check_fields(content: dict) -> None:
             fields[name.replace("training", "teacher")] = fields[name]
         for name in ("data.seed", "data.protocol", "data.tr_size"):
             fields[name.replace("data", "teacher")] = fields[name]
-    if isinstance(content.get("model"), dict) and "network_size" in content["model"]:
-        fields["model.network_size"] = (  # earlier versions did without
-            _list_of(_whole(1, MAX_SIDE), lambda length: length == 2),
-            f"[height, width], each 1 to {MAX_SIDE}",
-        )
     for name, (accepted, expected) in fields.items():
         value = content
         for key in name.split("."):

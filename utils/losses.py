@@ -210,7 +210,7 @@ def instance_based_targets(
 
 
 def class_average_logits(
-    teacher_logits: Tensor, targets: Tensor, num_classes: int, temperature: float = 1.0
+    teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """(K, K) float32: row y is the log of the mean of softmax(u / T) over the images of class y.
 
@@ -222,10 +222,9 @@ def class_average_logits(
     """
     _require(0 < temperature < math.inf, "temperature", temperature, "a number in (0, inf)")
     u = _checked(teacher_logits.detach(), targets, "teacher_logits")
-    _require(num_classes == u.shape[1], "num_classes", num_classes, f"the teacher's {u.shape[1]}")
     log_q = F.log_softmax(u.double() / temperature, dim=1)
     rows = []
-    for label in range(num_classes):
+    for label in range(u.shape[1]):
         members = log_q[targets == label]
         _require(len(members) > 0, f"number of images of class {label}", 0, "1 or more")
         rows.append(members.logsumexp(dim=0) - math.log(len(members)))

@@ -20,7 +20,7 @@ from utils.teacher import VANILLA
 from utils.training import Method, requested_values
 
 ROOT = Path(__file__).parent.parent
-GRIDS = tuple(name for name in PARAMS["grids"] if not name.endswith("students"))
+GRIDS = tuple(PARAMS["grids"])
 SAMPLERS = ("grid", "tpe", "random")
 PRUNERS = ("none", "median", "hyperband")
 # What a study hands on to the scripts that distil and evaluate.

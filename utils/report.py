@@ -17,7 +17,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from utils import tables
@@ -35,7 +34,6 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: #fff; color:
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-h3 { font-size: 1rem; }
 .scroll { overflow-x: auto; max-width: 100%; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid #0072b2; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -61,14 +59,14 @@ summary { cursor: pointer; }
 
 def write(
     path: Path,
-    texts: Mapping[str, str | pd.DataFrame],
+    texts: Mapping[str, str],
     drawings: Sequence[Drawing],
     evaluated: Sequence[Evaluated],
 ) -> None:
     """Writes the page.
 
-    texts: what stands under each heading: a DataFrame, or Markdown of paragraphs, pipe tables and
-    **bold**, which is what utils/tables.py makes. Raises InputError if the page cannot be written.
+    texts: what stands under each heading, in Markdown of paragraphs, pipe tables and **bold**,
+    which is what utils/tables.py makes. Raises InputError if the page cannot be written.
     """
     sections = [_section(heading, _markdown(text)) for heading, text in texts.items()]
     sections.append(_section("Figures", "".join(map(_figure, drawings))) if drawings else "")
@@ -127,18 +125,13 @@ def _scrolling(content: str, name: str) -> str:
     )
 
 
-def _markdown(text: str | pd.DataFrame) -> str:
-    if isinstance(text, pd.DataFrame):
-        cells = text.map(_cell).to_numpy().tolist()
-        return _table([[tables.escape_markdown(c) for c in row] for row in [text.columns, *cells]])
+def _markdown(text: str) -> str:
     parts = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = [line.strip() for line in block.splitlines()]
         if all(line.startswith("|") for line in lines):
             # The second row only rules off the heading.
             parts.append(_table([_cells(line) for line in lines[:1] + lines[2:]]))
-        elif lines[0].startswith("#"):
-            parts.append(f"<h3>{_inline(' '.join(lines).lstrip('# '))}</h3>\n")
         else:
             parts.append(f"<p>{_inline(' '.join(lines))}</p>\n")
     return "".join(parts)
@@ -146,12 +139,6 @@ def _markdown(text: str | pd.DataFrame) -> str:
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.5g}"
-    return "" if value is None else str(value)
 
 
 def _table(rows: list[list[str]]) -> str:

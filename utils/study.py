@@ -688,8 +688,8 @@ def print_estimate(
     again = seeds * len(methods) if options.protocol == "lr" else 0
     epochs = (trainings + again) * options.epochs
     seconds = epochs * (steps * step + validation)
-    kept, most = seeds * len(methods), trainings
-    stays = most * (weights + state) if options.keep_candidates else 0
+    kept = seeds * len(methods)
+    stays = trainings * (weights + state) if options.keep_candidates else 0
     print(
         f"\n{trainings} trainings"
         + f", {again} trained again" * bool(again)
@@ -699,7 +699,7 @@ def print_estimate(
         "cross-entropy\n"
         f"time: {_hours(seconds)} for one worker, "
         f"{_hours(seconds / 4)} for four of this speed\n"
-        f"disk: at most {(most * (weights + state)) / 1e6:.0f} MB on the way, "
+        f"disk: at most {trainings * (weights + state) / 1e6:.0f} MB on the way, "
         f"{(stays + kept * (2 * weights + state)) / 1e6:.0f} MB in the end"
     )
 

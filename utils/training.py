@@ -253,7 +253,7 @@ def train_trial(
         else:
             one = trial.recipe["protocol"] == "ils" and len(combinations) == 1
             if one and candidates is None:
-                _train(trial, method, combinations[0], requested, make_loss, folder)
+                _train(trial, method, combinations[0], make_loss, folder)
             else:
                 place = candidates or folder / "candidates"
                 _search(trial, method, combinations, requested, make_loss, folder, place)
@@ -310,7 +310,7 @@ def train_candidate(
     folder = candidates / combination_name(hyper_parameters)
     values = {name: [value] for name, value in hyper_parameters.items()}
     with run_folder.held(folder, _settings(trial, method, values), trial.device):
-        yield from fit(trial, method, hyper_parameters, values, make_loss, folder)
+        yield from fit(trial, method, hyper_parameters, make_loss, folder)
 
 
 def _search(trial, method, combinations, requested, make_loss, folder: Path, place: Path) -> None:
@@ -339,7 +339,7 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
         print("trained again on the training and the validation split together", flush=True)
         selected = checkpoint.load(folder / "selection" / "best.pt", trial.device)
         whole = replace(trial, selected=selected)
-        _train(whole, method, combinations[chosen], requested, make_loss, folder)
+        _train(whole, method, combinations[chosen], make_loss, folder)
     # Seeds of one search may select differently, and are averaged all the same.
     best = folder / "best.pt"
     searched = {"requested": requested, "select_by": trial.select_by}
@@ -415,7 +415,6 @@ def fit(
     trial: Trial,
     method: str,
     hyper_parameters: dict,
-    requested: dict,
     make_loss: Callable[..., LossFunction],
     folder: Path,
 ) -> Iterator[Progress]:
@@ -425,12 +424,12 @@ def fit(
     Leaves best.pt, last.pt and history.csv in the folder.
     """
     recipe = trial.recipe
-    _choose_algorithms(recipe, trial.device)
+    choose_algorithms(recipe, trial.device)
     keeps_last = recipe["protocol"] == "lr"
     description = {
         "method": method,
         "hyper_parameters": hyper_parameters,
-        "requested": requested,
+        "requested": {name: [value] for name, value in hyper_parameters.items()},
         "seed": trial.seed,
         "recipe": recipe,
         "trained_on": trial.trained_on,
@@ -440,8 +439,8 @@ def fit(
     }
     loss_function = make_loss(trial, **hyper_parameters)
     torch.manual_seed(trial.seed)  # initial weights: the same for every method
-    model = _new_model(trial)
-    optimizer = _new_optimizer(model, recipe)
+    model = new_model(trial)
+    optimizer = new_optimizer(model, recipe)
     schedule = _new_schedule(optimizer, recipe)
     progress = Progress()
     if (folder / "last.pt").exists():
@@ -581,7 +580,7 @@ def _diverged(what: str, row: dict, step: str = "") -> DivergedError:
     )
 
 
-def _choose_algorithms(recipe: dict, device: torch.device) -> None:
+def choose_algorithms(recipe: dict, device: torch.device) -> None:
     """With --deterministic the same bits on CUDA too. Not the default, as it costs time."""
     if recipe["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -603,14 +602,14 @@ def _check_network(trial: Trial) -> tuple[int, int]:
 
     Returns the (height, width) at which images enter the network.
     """
-    _choose_algorithms(trial.recipe, trial.device)
+    choose_algorithms(trial.recipe, trial.device)
     processes = distributed.shard().count
     if _steps(trial) == 0 or trial.recipe["batch_size"] < processes:
         raise InputError(
             f"--batch_size {trial.recipe['batch_size']} and {len(trial.splits.train)} training "
             f"images, but {processes} processes: at least one image for each expected"
         )
-    model, smallest = _new_model(trial), min(trial.recipe["batch_size"], len(trial.splits.train))
+    model, smallest = new_model(trial), min(trial.recipe["batch_size"], len(trial.splits.train))
     if smallest == 1 and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
     ):
@@ -628,7 +627,7 @@ def _check_network(trial: Trial) -> tuple[int, int]:
     return model.network_size
 
 
-def _new_model(trial: Trial) -> ImageClassifier:
+def new_model(trial: Trial) -> ImageClassifier:
     try:
         model = build_model(
             trial.model_name,
@@ -642,7 +641,7 @@ def _new_model(trial: Trial) -> ImageClassifier:
     return model.to(trial.device, memory_format=torch.channels_last)
 
 
-def _new_optimizer(model: nn.Module, recipe: dict) -> torch.optim.Optimizer:
+def new_optimizer(model: nn.Module, recipe: dict) -> torch.optim.Optimizer:
     # fused: one kernel for all of the update, on the CPU too, where it is most of a small step
     settings = {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"], "fused": True}
     if recipe["optimizer"] == "adam":
@@ -669,8 +668,8 @@ def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple
     """
     _check_network(trial)
     torch.manual_seed(trial.seed)
-    model = _new_model(trial)
-    optimizer = _new_optimizer(model, trial.recipe)
+    model = new_model(trial)
+    optimizer = new_optimizer(model, trial.recipe)
     network, times = trial.compiled(model), []
     progress = Progress()
     while len(times) <= steps:
