@@ -526,7 +526,8 @@ def test_a_checkpoint_cut_off_anywhere_is_refused(good):
 
 
 FIELDS = (
-    *("model", "model.name", "model.input_shape", "model.num_classes", "weights"),
+    *("model", "model.name", "model.input_shape", "model.num_classes", "model.network_size"),
+    "weights",
     *("training", "training.method", "training.hyper_parameters", "training.requested"),
     *("training.seed", "training.epoch", "training.recipe", "data", "data.dataset"),
     *("data.classes", "data.image_size", "data.tr_size", "data.seed", "data.fingerprint"),
@@ -706,6 +707,7 @@ def described(content: dict, input_shape: tuple[int, int, int], classes: int) ->
         "name": "shallownet",
         "input_shape": list(input_shape),
         "num_classes": classes,
+        "network_size": list(model.network_size),
     }
     content["weights"] = model.state_dict()
     content["data"]["classes"] = [str(k) for k in range(classes)]

@@ -285,7 +285,7 @@ def fit(trial: training.Trial, folder: Path, steps: float = float("inf")) -> Non
 
         return loss
 
-    training._train(trial, "vanilla", {"smoothing": 0.1}, {"smoothing": [0.1]}, make_loss, folder)
+    training._train(trial, "vanilla", {"smoothing": 0.1}, make_loss, folder)
 
 
 @pytest.fixture(scope="module")

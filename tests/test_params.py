@@ -55,7 +55,7 @@ def test_each_is_what_its_flags_would_say(protocol, method, dataset, model):
     """So a value that no flag takes, and a name of none, cannot be in the file."""
     content = PARAMS["published"][protocol]
     settings = content["settings"] | content["networks"][dataset][model]
-    settings |= PARAMS["grids"][protocol].get(method, {})
+    settings |= PARAMS["grids"].get(protocol, {}).get(method, {})
     settings.pop("source", None)
     assert dataset in READERS
     assert model in MODELS

@@ -236,8 +236,8 @@ def wrap(text: str, width: int) -> str:
 
 def _grid(count: int) -> tuple[int, int]:
     """Rows and columns of panels, a panel for each method."""
-    columns = min(count, PANELS_A_ROW)
-    return -(-count // columns), columns
+    rows = -(-count // PANELS_A_ROW)
+    return rows, -(-count // rows)
 
 
 def _legend_below(figure: Figure, methods: list[Method]) -> None:
