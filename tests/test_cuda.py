@@ -18,16 +18,8 @@ FLAGS = ("--model", "resnet18", "--batch_size", 64, "--device", DEVICE)
 def test_train_distil_and_evaluate(tmp_path):
     flags = (*FLAGS, "--epochs", 5, "--output_dir", tmp_path / "runs")
     run("Instance-based-smoothing.py", *flags)
-    student = (
-        "--device",
-        DEVICE,
-        "--batch_size",
-        64,
-        "--epochs",
-        5,
-        "--output_dir",
-        tmp_path / "runs",
-    )
+    student = ("--device", DEVICE, "--batch_size", 64, "--epochs", 10)
+    student = (*student, "--output_dir", tmp_path / "runs")
     run("Network-distillation.py", "--teacher", tmp_path / "runs", *student)
     results = {}
     for device in (DEVICE, "cpu"):
@@ -42,7 +34,7 @@ def test_train_distil_and_evaluate(tmp_path):
         assert row["log_loss"] == pytest.approx(said["log_loss"], abs=1e-6)
         on_cpu = results["cpu"].loc[(path, split, scaling)]
         assert row["log_loss"] == pytest.approx(on_cpu["log_loss"], abs=1e-4)
-        assert row["accuracy"] > 0.2  # of ten classes
+        assert row["accuracy"] > 0.5  # of ten classes
     config = json.loads((tmp_path / "runs/digits/resnet18/vanilla/seed0/config.json").read_text())
     assert config["settings"]["recipe"]["precision"] == "bfloat16"
 
