@@ -34,34 +34,37 @@ test: $(VENV)/installed-dev
 	$(RUN) -m pytest $(PYTEST_FLAGS)
 
 # The targets below leave their networks in runs/<table> and their tables in results.
-TABLES := gaussians simple-dense-lr students densenet resnet18
+LR_TABLES := mnist-simple-dense-lr fashionmnist-simple-dense-lr
+TABLES := gaussians $(LR_TABLES) students densenet resnet18
 .PHONY: $(TABLES)
 results: $(TABLES)
 	$(RUN) results/parity.py
 
-STUDY := $(RUN) Hyperparameter-study.py --dataset fashionmnist --seeds 0 1 2
-EVALUATE := $(RUN) Models-evaluation.py --tsne_classes Shirt Pullover Sneaker --compare \
-	--plots --bootstrap 1000
+STUDY := $(RUN) Hyperparameter-study.py --seeds 0 1 2
+EVALUATE := $(RUN) Models-evaluation.py --compare --plots --bootstrap 1000
+FASHION := --dataset fashionmnist
+GARMENTS := --tsne_classes Shirt Pullover Sneaker
 ILS_README := vanilla label-smoothing instance-based "instance-based --variant scores"
 
 gaussians: $(VENV)/installed
 	$(RUN) Synthetic-study.py --output_dir results/gaussians
 
 # The LR paper's protocol; both selections are from the same trainings.
-simple-dense-lr: $(VENV)/installed-dev
+fashionmnist-simple-dense-lr: CLASSES := $(GARMENTS)
+$(LR_TABLES): %-simple-dense-lr: $(VENV)/installed-dev
 	for by in accuracy ece; do \
-	  $(STUDY) --model simple_dense --params published --select_by $$by \
+	  $(STUDY) --dataset $* --model simple_dense --params published --select_by $$by \
 	    --methods vanilla label-smoothing label-relaxation focal confidence-penalty \
 	    --keep_candidates runs/simple-dense-lr/kept --output_dir runs/simple-dense-lr/$$by && \
-	  $(EVALUATE) --ece_bins 15 runs/simple-dense-lr/$$by/fashionmnist \
-	    --output_dir results/fashionmnist-simple-dense-lr/$$by || exit; \
+	  $(EVALUATE) runs/simple-dense-lr/$$by/$* --ece_bins 15 $(CLASSES) \
+	    --output_dir results/$@/$$by || exit; \
 	done
 
 # Students of four methods, at three temperatures of distillation.
 TEACHERS := Vanilla-cross-entropy Label-smoothing Instance-based-smoothing Label-relaxation
 students: $(VENV)/installed
 	for script in $(TEACHERS); do \
-	  $(RUN) $$script.py --dataset fashionmnist --model simple_dense --epochs 5 --batch_size 128 \
+	  $(RUN) $$script.py $(FASHION) --model simple_dense --epochs 5 --batch_size 128 \
 	    --trials 3 --output_dir runs/students || exit; \
 	done
 	for T in 1 4 20; do \
@@ -70,17 +73,17 @@ students: $(VENV)/installed
 	    --output_dir runs/students-T$$T || exit; \
 	done
 	$(EVALUATE) runs/students/fashionmnist runs/students-T1 runs/students-T4 runs/students-T20 \
-	  --output_dir results/fashionmnist-students
+	  $(GARMENTS) --output_dir results/fashionmnist-students
 
 # The ILS README's Fashion-MNIST row and its like; these two need a GPU.
 densenet: $(VENV)/installed-dev
-	$(STUDY) --model densenet --methods $(ILS_README) --distil shallownet \
+	$(STUDY) $(FASHION) --model densenet --methods $(ILS_README) --distil shallownet \
 	  --output_dir runs/densenet
-	$(EVALUATE) runs/densenet/fashionmnist --output_dir results/fashionmnist-densenet
+	$(EVALUATE) runs/densenet/fashionmnist $(GARMENTS) --output_dir results/fashionmnist-densenet
 
 resnet18: $(VENV)/installed-dev
-	$(STUDY) --model resnet18 --output_dir runs/resnet18
-	$(EVALUATE) runs/resnet18/fashionmnist --output_dir results/fashionmnist-resnet18
+	$(STUDY) $(FASHION) --model resnet18 --output_dir runs/resnet18
+	$(EVALUATE) runs/resnet18/fashionmnist $(GARMENTS) --output_dir results/fashionmnist-resnet18
 
 # A stamp for each set of requirements: installed once, and again when the file changes.
 $(VENV)/installed: requirements.txt | $(VENV)/bin/pip

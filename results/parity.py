@@ -36,11 +36,11 @@ DENSENET += "-2-epochs" * (not (HERE / DENSENET).exists())
 # what selected the hyper-parameters); without selection either will do.
 MEASURED = {
     ("ILS README", "fashionmnist", "densenet", "validation log loss"): DENSENET,
-    ("LR paper", "fashionmnist", "simple_dense", "none"): "fashionmnist-simple-dense-lr/accuracy",
-    ("LR paper", "fashionmnist", "simple_dense", "accuracy"): (
-        "fashionmnist-simple-dense-lr/accuracy"
-    ),
-    ("LR paper", "fashionmnist", "simple_dense", "ece"): "fashionmnist-simple-dense-lr/ece",
+    **{
+        ("LR paper", dataset, "simple_dense", by): f"{dataset}-simple-dense-lr/{folder}"
+        for dataset in ("mnist", "fashionmnist")
+        for by, folder in (("none", "accuracy"), ("accuracy", "accuracy"), ("ece", "ece"))
+    },
     ("ILS appendix", "gaussians", "feed_forward", "validation log loss"): "gaussians",
 }
 

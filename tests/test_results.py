@@ -24,7 +24,16 @@ def test_a_measured_number_stands_beside_its_published_one_with_z():
     assert (measured["z"] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("target", ["simple-dense-lr", "students", "densenet", "resnet18"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "mnist-simple-dense-lr",
+        "fashionmnist-simple-dense-lr",
+        "students",
+        "densenet",
+        "resnet18",
+    ],
+)
 def test_the_commands_of_a_target_are_taken(target, capfd):
     """All but those that train. What they read is not there: they say so, of the right folder."""
     make = ["make", "--dry-run", "--directory", ROOT, target]
