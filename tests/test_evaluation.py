@@ -272,6 +272,16 @@ def test_what_runs_of_one_setting_differ_in_tells_them_apart(evaluate, make, tmp
     ]
 
 
+def test_long_searches_with_the_same_ends_are_told_apart(evaluate, make, tmp_path):
+    for name, values in {"one": [0.1, 0.2, 0.3, 0.4], "two": [0.1, 0.15, 0.3, 0.4]}.items():
+        make(tmp_path / f"runs/{name}/best.pt", "ls", requested={"smoothing": values})
+    evaluate(tmp_path / "runs")
+    summary = pd.read_csv(tmp_path / "out/summary.csv")
+    assert summary["training"].nunique() == 2
+    assert (summary["seeds"] == 1).all()
+    assert summary["training"].str.startswith("ls, smoothing 0.1 or ... or 0.4, requested ").all()
+
+
 def test_a_teacher_that_saw_the_validation_images_is_warned_of(evaluate, make, digits, tmp_path):
     runs = tmp_path / "runs"
     make(runs / "student/best.pt", "instance", seed=6, teacher=TEACHER)

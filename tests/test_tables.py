@@ -41,6 +41,8 @@ def test_a_setting_in_words():
     requested = {"variant": ["ils"], "smoothing": [0.1, 0.05], "temperature": [1.0]}
     assert tables.setting("ils", requested) == "ils, smoothing 0.1 or 0.05, temperature 1"
     assert tables.setting("own", {"smoothing": ["0.1..0.3"]}) == "own, smoothing 0.1..0.3"
+    assert tables.setting("own", {"a": [1, 2, 3]}) == "own, a 1 or 2 or 3"
+    assert tables.setting("own", {"a": [4, 3, 2, 1.0]}) == "own, a 4 or ... or 1"
 
 
 def test_recipes_that_differ_are_told_apart():

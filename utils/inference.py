@@ -94,7 +94,7 @@ class Evaluated:
 
     @property
     def recipe(self) -> dict:
-        """All by which runs of one method and its hyper-parameters may differ, but for the seed."""
+        """All by which runs of one `tables.setting` may differ, but for the seed."""
         training, teacher = self.training, self.teacher
         selected = training["requested"] != {
             k: [v] for k, v in training["hyper_parameters"].items()
@@ -102,6 +102,7 @@ class Evaluated:
         guided = teacher and not self.is_student
         return training["recipe"] | {
             "image_size": self.data["image_size"],
+            "requested": training["requested"] if selected else None,
             "select_by": training.get("select_by") if selected else None,
             "teacher": f"{teacher['model']} {teacher['method']}" if guided else None,
         }

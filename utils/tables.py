@@ -83,13 +83,18 @@ class Measured(NamedTuple):
 
 
 def setting(method: str, requested: dict[str, list]) -> str:
-    """A method and its hyper-parameters in words: 'label-smoothing, smoothing 0.1'."""
-    values = [
-        f"{name} {' or '.join(v if isinstance(v, str) else format(v, 'g') for v in values)}"
-        for name, values in requested.items()
-        if name != "variant"  # which is in the method's name
-    ]
-    return ", ".join([method, *values])
+    """A method and its hyper-parameters in words: 'label-smoothing, smoothing 0.1'.
+
+    Of more than three values the first and the last. The recipe has all of them, by which
+    `differences` tells apart what would be called the same.
+    """
+    said = [method]
+    for name, values in requested.items():
+        if name != "variant":  # which is in the method's name
+            words = [value if isinstance(value, str) else f"{value:g}" for value in values]
+            few = words if len(words) <= 3 else [words[0], "...", words[-1]]
+            said.append(f"{name} {' or '.join(few)}")
+    return ", ".join(said)
 
 
 def differences(rows: pd.DataFrame) -> pd.Series:
