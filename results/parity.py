@@ -3,8 +3,8 @@
     python results/parity.py
 
 reads published.csv, in which a row is a published number, and the results.csv of the measured
-tables, and replaces what stands between the marks in docs/results.md and, for Fashion-MNIST, in the
-README. Of a number that has not been measured the place stays empty.
+tables, and replaces what stands between the marks in docs/results.md and, for MNIST and
+Fashion-MNIST, in the README. Of a number that has not been measured the place stays empty.
 """
 
 import math
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 # The pages, and which rows of published.csv each shows.
 PAGES = {
     HERE.parent / "docs" / "results.md": lambda row: True,
-    HERE.parent / "README.md": lambda row: row["dataset"] == "fashionmnist",
+    HERE.parent / "README.md": lambda row: row["dataset"] in ("mnist", "fashionmnist"),
 }
 MARKS = "<!-- tables: python results/parity.py -->\n", "<!-- end of tables -->\n"
 CELL = ["source", "dataset", "model", "method", "selected_by", "scaling"]
