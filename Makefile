@@ -64,12 +64,12 @@ $(LR_TABLES): %-simple-dense-lr: $(VENV)/installed-dev
 TEACHERS := Vanilla-cross-entropy Label-smoothing Instance-based-smoothing Label-relaxation
 students: $(VENV)/installed
 	for script in $(TEACHERS); do \
-	  $(RUN) $$script.py $(FASHION) --model simple_dense --epochs 5 --batch_size 128 \
+	  $(RUN) $$script.py $(FASHION) --model simple_dense --epochs 20 --batch_size 128 \
 	    --trials 3 --output_dir runs/students || exit; \
 	done
 	for T in 1 4 20; do \
 	  $(RUN) Network-distillation.py --teacher runs/students/fashionmnist/simple_dense \
-	    --student lenet --scale_teacher no --temperature $$T --epochs 4 \
+	    --student lenet --scale_teacher no --temperature $$T --epochs 30 \
 	    --output_dir runs/students-T$$T || exit; \
 	done
 	$(EVALUATE) runs/students/fashionmnist runs/students-T1 runs/students-T4 runs/students-T20 \
