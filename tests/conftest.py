@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class Forks:
 
     def __init__(self, log: Path) -> None:
         self.log = log
+        self.running: int | None = None
         self.server = subprocess.Popen(
             [sys.executable, ROOT / "tests/fork_server.py"],
             cwd=ROOT,
@@ -96,14 +98,26 @@ class Forks:
 
     def start(self, script: str, *arguments, **options) -> int:
         """Returns the process id."""
+        self.end_leftover()
         request = {"argv": [script, *map(str, arguments)], "log": str(self.log), **options}
         self.log.unlink(missing_ok=True)
         print(json.dumps(request), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
+        self.running = int(self.server.stdout.readline())
+        return self.running
 
     def end(self) -> int:
         """Waits for the script started last. Returns its status, negative after a signal."""
-        return int(self.server.stdout.readline())
+        status = int(self.server.stdout.readline())
+        self.running = None
+        return status
+
+    def end_leftover(self) -> None:
+        """Ends the script that a failed test has not waited for, so that the next one is not
+        answered with its status."""
+        if self.running is not None:
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(self.running, signal.SIGKILL)
+            self.end()
 
     def run(self, script: str, *arguments, status: int = 0, **options) -> str:
         """Runs a script, checks how it ended, and returns what it said."""
@@ -126,6 +140,7 @@ class Forks:
 def forks(tmp_path_factory):
     forks = Forks(tmp_path_factory.mktemp("log") / "log")
     yield forks
+    forks.end_leftover()
     forks.server.stdin.close()
     assert forks.server.wait(timeout=60) == 0
 
