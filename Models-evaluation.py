@@ -48,16 +48,19 @@ def main() -> int:
     if args.bootstrap:
         bootstrap = comparison.Bootstrap(images, args.ece_bins, args.bootstrap)
         results = tables.with_intervals(results, bootstrap)
-    compared = ranks = None
+    compared, ranks, unequal = None, None, []
     if args.compare:
         single = rows.drop_duplicates(["weights", "training", "scaling"])
         compared = comparison.compare(single, args.compare, images, bootstrap)
         ranks = comparison.rank(single)
+        unequal = comparison.unequal_recipes(single, compared)
+        for warning in unequal:
+            print(f"warning: {warning}", file=sys.stderr)
 
     folder = Path(args.output_dir)
     checkpoint.write_text(folder / "results.csv", results.to_csv(index=False))
     summary = tables.summarise(rows, bootstrap)
-    texts, drawings = write_tables(folder, summary, compared, args), []
+    texts, drawings = write_tables(folder, summary, compared, unequal, args), []
     if ranks is not None and len(ranks):
         drawings += draw_ranks(folder, ranks)
     if args.plots:
@@ -218,7 +221,11 @@ def samples(networks: list[Evaluated]) -> dict[comparison.Run, tuple]:
 
 
 def write_tables(
-    folder: Path, summary: pd.DataFrame, compared: pd.DataFrame | None, args: argparse.Namespace
+    folder: Path,
+    summary: pd.DataFrame,
+    compared: pd.DataFrame | None,
+    unequal: list[str],
+    args: argparse.Namespace,
 ) -> dict[str, str]:
     """Writes the tables for people, each with a caption that says what it shows.
 
@@ -252,6 +259,7 @@ def write_tables(
             f"{intervals or 'none'}], p ({tests or 'no test'}; not corrected for their number). "
             f"{rule}"
         )
+        caption = " ".join([caption, *(f"{warning}." for warning in unequal)])
         cells = tables.comparison_cells(compared, args.ece_bins)
         texts["Paired differences"] = tables.write(folder, "comparison", compared, cells, caption)
     return texts

@@ -128,8 +128,10 @@ def main() -> None:
             f"--teacher {' '.join(given.teacher)} holds students only, and students teach when "
             "their best.pt is named; that, or a folder with a network of a training script expected"
         )
+    students = Path(given.output_dir).resolve()
+    elsewhere = [t for t in given.teacher if not Path(t).resolve().is_relative_to(students)]
     print("\nNext, see teachers and students side by side:")
-    arguments.print_next(given, shlex.join(["Models-evaluation.py", given.output_dir]))
+    arguments.print_next(given, shlex.join(["Models-evaluation.py", *elsewhere, given.output_dir]))
     distributed.end()
 
 

@@ -57,13 +57,24 @@ def refuses(refused, tmp_path):
     return call
 
 
-def test_memory_that_is_short_is_said_in_one_line(refused, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_is_short_is_said_in_one_line(error, refused, monkeypatch, tmp_path):
     def train(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has")
+        raise error
 
     monkeypatch.setattr(training, "train_trial", train)
-    error = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
-    assert "Tried to allocate 9.00 GiB.; smaller batches (--batch_size)" in error
+    said = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
+    first, *_ = str(error).splitlines()
+    assert f"error: {first}; smaller batches (--batch_size) or images" in said
 
 
 def test_a_network_that_cannot_be_compiled_leaves_nothing(refuses, monkeypatch):

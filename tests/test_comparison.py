@@ -1,5 +1,6 @@
 """Differences between networks, against scipy, resampling by hand, and Demšar's own example."""
 
+import json
 import math
 
 import numpy as np
@@ -183,6 +184,22 @@ def test_differences_over_seeds_are_the_paired_t_test_of_scipy():
     assert found["p_value"] == pytest.approx(expected)
     assert (found["test"], found["interval"]) == ("paired t over seeds", "t over seeds")
     assert found["value"] - found["reference_value"] == pytest.approx(mean)
+
+
+def test_what_differs_besides_the_method_is_said():
+    rows = table({"vanilla": {0: 0.3, 1: 0.4}, "a": {0: 0.2, 1: 0.2}, "b": {0: 0.2, 1: 0.2}})
+    compared = comparison.compare(rows, "vanilla", {})
+    recipe = {"lr": 0.1, "epochs": 9, "select_by": None, "requested": None, "teacher": None}
+    own = {
+        "vanilla": {},
+        "a": {"select_by": "ece", "requested": {"x": [1, 2]}, "teacher": "resnet18 vanilla"},
+        "b": {"lr": 0.2, "epochs": 3},
+    }
+    rows["recipe"] = [json.dumps(recipe | own[training]) for training in rows["training"]]
+    assert comparison.unequal_recipes(rows, compared) == [
+        "digits, shallownet: b was trained with lr 0.2, epochs 3, vanilla with lr 0.1, epochs 9; "
+        "their difference is not the method's alone"
+    ]
 
 
 def test_differences_that_do_not_vary_have_no_test():

@@ -185,6 +185,15 @@ def test_the_comparison_pairs_seeds(evaluate, runs, tmp_path):
         assert row.difference == pytest.approx((ours - theirs).mean())
 
 
+def test_unequal_trainings_are_not_compared_without_a_word(evaluate, runs, make, tmp_path):
+    make(tmp_path / "runs/focal/best.pt", "focal", recipe={"lr": 0.02})
+    said = evaluate(runs / "vanilla", tmp_path / "runs", "--compare")
+    warning = "digits, shallownet: focal was trained with lr 0.02, vanilla with lr 0.01; their"
+    assert f"warning: {warning}" in said.err
+    assert warning in (tmp_path / "out/comparison.md").read_text()
+    assert "trained with" not in evaluate(runs, "--compare").err
+
+
 def test_several_networks_are_ranked(evaluate, make, tmp_path, digits):
     for method in ("vanilla", "label-smoothing"):
         smoothing = 0.3 * (method != "vanilla")

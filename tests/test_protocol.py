@@ -68,6 +68,20 @@ def test_a_teacher_that_has_seen_test_images_is_refused(runs, refused):
     assert not (folder / "leak").exists()
 
 
+def test_a_teacher_that_has_seen_validation_images_names_the_one_that_has_not(runs):
+    folder, _ = runs
+    place = folder / "runs/digits/simple_dense/vanilla/seed0"
+    flags = ("--epochs", 1, "--scale_teacher", "no", "--precision", "float32")
+    distil = ("Network-distillation.py", *flags, "--teacher")
+    said = run(*distil, place / "best.pt", "--output_dir", folder / "seen")
+    assert "of the 239 validation images of this run" in said.err
+    assert "(that in its folder selection has not seen them)" in said.err
+    # Where the teacher is elsewhere, the next command names it too.
+    assert f"Models-evaluation.py {place / 'best.pt'} {folder / 'seen'}" in said.out
+    said = run(*distil, place / "selection/best.pt", "--output_dir", folder / "unseen")
+    assert "warning" not in said.err
+
+
 def test_the_evaluation_takes_the_temperature_of_the_network_selected(runs):
     folder, _ = runs
     run("Models-evaluation.py", folder / "runs", "--output_dir", folder / "tables")

@@ -195,6 +195,22 @@ def test_of_several_values_the_best_on_validation_is_kept(tmp_path):
     assert not (folder / "candidates").exists()
 
 
+@pytest.mark.parametrize("values", [(1e30, 0.1, 0.3), (1e30,), (1e30, 2e30)])
+def test_of_several_values_those_that_diverge_are_left_out(tmp_path, values):
+    status = 0 if 0.1 in values else 3
+    flags = (*FAST, "--epochs", 1, "--output_dir", tmp_path, "--beta", *values)
+    said = run("Confidence-penalty.py", *flags, status=status)
+    folder = tmp_path / "digits/shallownet/confidence-penalty/seed0"
+    assert said.out.count("\ndiverged: ") == (len(values) > 1) * len([v for v in values if v > 1])
+    if status:
+        assert "Confidence-penalty.py: diverged: " in said.err
+        assert not (folder / "metrics.json").exists()
+    else:
+        assert list(pd.read_csv(folder / "search.csv")["beta"]) == [0.1, 0.3]
+        kept = torch.load(folder / "best.pt", weights_only=True)
+        assert kept["training"]["hyper_parameters"]["beta"] in (0.1, 0.3)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -252,6 +252,13 @@ def test_a_latex_table_is_booktabs_with_its_columns_and_no_more():
     assert text.count(r"\begin") == text.count(r"\end") == 2
 
 
+def test_a_single_row_keeps_what_it_is_about(tmp_path):
+    cells = pd.DataFrame([{"Seed": "0", "Selected": "smoothing=0.1", "Trained": "2"}])
+    text = tables.write(tmp_path, "name", cells, cells, "")
+    assert re.search(r"\| 0 +\| smoothing=0.1 +\| 2 +\|", text)
+    assert "0 & smoothing=0.1 & 2" in (tmp_path / "name.tex").read_text()
+
+
 def test_a_table_is_written_three_times_and_read_back_in_full_precision(tmp_path):
     table = pd.DataFrame({"x": [0.1 + 0.2, 1 / 3]})
     cells = pd.DataFrame(

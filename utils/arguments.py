@@ -23,6 +23,7 @@ SCHEDULES = ("steps", "cosine", "constant")
 PARAMETERS = ("default", "published")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SELECTIONS = ("log_loss", "accuracy", "ece")
+ECE_BINS = 10
 STREAMING = ("auto", "yes", "no")
 
 
@@ -369,7 +370,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     add(
         "--ece_bins",
         type=bins,
-        default=10,
+        default=ECE_BINS,
         metavar="N",
         help="equal-width bins of the expected calibration error (default: %(default)s)",
     )
@@ -526,9 +527,14 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
 
 def _precision(device: torch.device) -> str:
     """bfloat16 where the processor has instructions for it: see docs/performance.md."""
-    here = torch.cpu.get_capabilities()
-    native = here.get("avx512_bf16") or here.get("amx_bf16") or here.get("bf16")
-    return "bfloat16" if device.type == "cuda" or native else "float32"
+    if device.type == "cuda":
+        # Cards before Ampere emulate it, slowly, and cuDNN has no convolutions of it for them.
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        here = torch.cpu.get_capabilities()
+        native = here.get("avx512_bf16") or here.get("amx_bf16") or here.get("bf16")
+    return "bfloat16" if native else "float32"
 
 
 def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:
@@ -561,5 +567,7 @@ def print_next(args: argparse.Namespace, *commands: str) -> None:
         needed += f" --stream {args.stream}"
     if args.workers is not None:
         needed += f" --workers {args.workers}"
+    if args.ece_bins != ECE_BINS:
+        needed += f" --ece_bins {args.ece_bins}"
     for command in commands:
         print(f"  python {command}{needed}")

@@ -11,6 +11,7 @@ the difference between correlated proportions, Psychometrika 1947. Müller et al
 Smoothing Help?, NeurIPS 2019.
 """
 
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -307,6 +308,30 @@ def compare(
     if not compared:
         raise InputError(f"--compare {name} given, but nothing shares a seed with it")
     return pd.DataFrame(compared)
+
+
+# In what the recipes of methods differ by their nature. The tables name them.
+OF_THE_METHOD = ("requested", "select_by", "teacher")
+
+
+def unequal_recipes(rows: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
+    """In what else than the method those differ that were compared, a sentence a pair.
+
+    rows, with the column recipe (JSON), and compared: what `compare` takes and gives.
+    """
+    recipes = rows.drop_duplicates([*BLOCK, "training"]).set_index([*BLOCK, "training"])["recipe"]
+    said = []
+    pairs = compared.drop_duplicates([*BLOCK, "training"])[[*BLOCK, "training", "reference"]]
+    for *block, ours, theirs in pairs.itertuples(index=False):
+        here, there = (json.loads(recipes[*block, training]) for training in (ours, theirs))
+        keys = [k for k in here if k not in OF_THE_METHOD and here[k] != there.get(k)]
+        if keys:
+            here, there = (", ".join(f"{k} {r.get(k)}" for k in keys) for r in (here, there))
+            said.append(
+                f"{', '.join(block)}: {ours} was trained with {here}, {theirs} with {there}; their "
+                "difference is not the method's alone"
+            )
+    return said
 
 
 def _of_seeds(rows: pd.DataFrame) -> dict[int, pd.DataFrame]:

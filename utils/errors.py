@@ -104,6 +104,8 @@ def one_line(text: str) -> str:
     )
 
 
+# What the host, CUDA, cuBLAS and cuDNN say when memory is short.
+_NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
 # What Gloo says of a closed connection, and NCCL of a process that has gone.
 _ENDED = re.compile("gloo|nccl.*(remote process|abort|time[d ]*out)", re.IGNORECASE | re.DOTALL)
 
@@ -113,7 +115,7 @@ def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
 
     Raises the error again if it is of anything else.
     """
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
         return (
             f"error: {str(error).splitlines()[0][:300]}; smaller batches (--batch_size) or images, "
             "or a smaller network, need less",

@@ -1,20 +1,24 @@
 """What a network says of a split: its logits, from which every metric is computed."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.classifier import ImageClassifier
 from utils import checkpoint, data_loader, distributed
 from utils.data_loader import Batch, ImageData, ordered_batches
 from utils.errors import InputError
 from utils.evaluate import fit_temperature
 from utils.image_files import AUTO, Streaming
 
-EVALUATION_BATCH = 1024
+# Of images up to 64x64 pixels 1024 are shown at a time; of larger ones fewer, so that no network
+# needs more memory for them.
+EVALUATION_BATCH, EVALUATION_PIXELS = 1024, 1024 * 64 * 64
 
 
 def exact_convolutions():
@@ -28,15 +32,22 @@ def exact_convolutions():
     )
 
 
+def evaluation_batch(model: ImageClassifier) -> int:
+    """How many images the network is shown at a time: whatever it was trained with, as the last
+    bits of its answers may depend on it."""
+    return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // math.prod(model.network_size)))
+
+
 @torch.no_grad()
 def collect_logits(
-    model: nn.Module, data: ImageData, indices: Tensor, batch_size: int = EVALUATION_BATCH
+    model: ImageClassifier, data: ImageData, indices: Tensor, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels int64 (N,), in the order of the indices, on the CPU.
 
-    The images are shown as they are, without augmentation; each of several processes shows its
-    share. The network's mode is restored.
+    The images are shown as they are, without augmentation, batch_size or `evaluation_batch` at a
+    time; each of several processes shows its share. The network's mode is restored.
     """
+    batch_size = batch_size or evaluation_batch(model)
     was_training = model.training
     model.eval()
     rank, count = distributed.shard()

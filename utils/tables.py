@@ -367,7 +367,9 @@ def latex(cells: pd.DataFrame, caption: str, label: str) -> str:
 
 def without_shared(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The table without the labels that all its rows share, which fit in a line: so that the
-    table fits in a terminal or a column. What names a row stays."""
+    table fits in a terminal or a column. What names a row stays, as does all of a single row."""
+    if len(cells) < 2:
+        return cells, ""
     shared = [
         name
         for name in cells.columns

@@ -86,10 +86,13 @@ def check_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:
             "images of this run; a teacher of the same seed, --tr_size and --protocol would do"
         )
     if validation:
+        if teacher.training["trained_on"] == "train":
+            instead = "the teacher's own seed and --tr_size avoid this"
+        else:
+            instead = "that in its folder selection has not seen them"
         print(
             f"warning: the teacher {teacher.path} was trained on {validation} of the "
             f"{len(splits.validation)} validation images of this run; validation metrics with it "
-            "are too good, and so is what they select (the teacher's own seed and --tr_size avoid "
-            "this)",
+            f"are too good, and so is what they select ({instead})",
             file=sys.stderr,
         )

@@ -314,20 +314,31 @@ def train_candidate(
 
 
 def _search(trial, method, combinations, requested, make_loss, folder: Path, place: Path) -> None:
-    """Trains every combination, selects one, and brings it here or trains it again."""
-    rows = []
-    for hyper_parameters in combinations:
+    """Trains every combination, selects one, and brings it here or trains it again.
+
+    What diverges is left out; when all of it does, the last of it is raised.
+    """
+    trained, rows, diverged = [], [], None
+    for number, hyper_parameters in enumerate(combinations, 1):
         name = combination_name(hyper_parameters)
-        print(f"candidate {len(rows) + 1} of {len(combinations)}: {name}", flush=True)
-        *_, progress = train_candidate(trial, method, hyper_parameters, make_loss, place)
+        print(f"candidate {number} of {len(combinations)}: {name}", flush=True)
+        try:
+            *_, progress = train_candidate(trial, method, hyper_parameters, make_loss, place)
+        except DivergedError as error:
+            print(f"diverged: {error}", flush=True)
+            diverged = error
+            continue
         kept = progress.history[progress.best_epoch - 1]
         measures = {key: value for key, value in kept.items() if key.startswith("validation_")}
+        trained.append(hyper_parameters)
         rows.append({**hyper_parameters, "epoch": progress.best_epoch, **measures})
+    if not trained:
+        raise diverged
     table = pd.DataFrame(rows)
     chosen = select(table, trial.select_by)
     table["selected"] = table.index == chosen
     checkpoint.write_text(folder / "search.csv", table.to_csv(index=False))
-    name = combination_name(combinations[chosen])
+    name = combination_name(trained[chosen])
     value = table.loc[chosen, f"validation_{trial.select_by}"]
     print(f"selected by validation {trial.select_by.replace('_', ' ')} {value:.4f}: {name}")
     if trial.recipe["protocol"] == "ils":
@@ -339,7 +350,7 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
         print("trained again on the training and the validation split together", flush=True)
         selected = checkpoint.load(folder / "selection" / "best.pt", trial.device)
         whole = replace(trial, selected=selected)
-        _train(whole, method, combinations[chosen], make_loss, folder)
+        _train(whole, method, trained[chosen], make_loss, folder)
     # Seeds of one search may select differently, and are averaged all the same.
     best = folder / "best.pt"
     searched = {"requested": requested, "select_by": trial.select_by}
