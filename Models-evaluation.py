@@ -37,6 +37,10 @@ def main() -> int:
     args = parse_arguments()
     networks, left_out = evaluate_all(args)
     check_streaming(args, {network.data["dataset"] for network in networks})
+    if args.plots:
+        plots.check_classes(networks, args.tsne_classes)
+    if args.inspect is not None:
+        inspector.find_teacher(networks, args.inspect)
     results = pd.DataFrame([row for net in networks for row in tidy_rows(net, args.ece_bins)])
     # The same network given twice, as a file and in its folder, is still one seed.
     results = results.drop_duplicates(["weights", "training", "recipe", "split", "scaling"])
@@ -58,6 +62,7 @@ def main() -> int:
             print(f"warning: {warning}", file=sys.stderr)
 
     folder = Path(args.output_dir)
+    tables.remove_earlier(folder, ("students", "comparison", "comparison_ranks"))
     checkpoint.write_text(folder / "results.csv", results.to_csv(index=False))
     summary = tables.summarise(rows, bootstrap)
     texts, drawings = write_tables(folder, summary, compared, unequal, args), []
@@ -100,8 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         type=resamples,
         default=0,
         metavar="N",
-        help="95 %% intervals from N resamples of test images and seeds, 1000 or more; 0 is off "
-        "(default: %(default)s)",
+        help="95 %% intervals from N resamples of test images and seeds; 1000 will do, fewer are "
+        "for a first look; 0 is off (default: %(default)s)",
     )
     add(
         "--compare",
@@ -139,6 +144,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_evaluation_flags(parser)
     args = parser.parse_args()
+    if args.report and args.report.is_dir():
+        parser.error(f"--report {args.report} is a folder, a file such as report.html expected")
     if args.tsne_classes and not args.plots:
         parser.error("--tsne_classes does nothing without --plots")
     return args

@@ -315,6 +315,11 @@ def test_an_output_folder_with_another_configuration(finished, flags, difference
     assert "--overwrite" in error
 
 
+def test_a_pipe_for_a_checkpoint_holds_nobody_up(refuses, tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "is not a regular file" in refuses(EVALUATION, tmp_path / "pipe.pt")
+
+
 @pytest.mark.parametrize("file", ["config.json", "metrics.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b'{"settings": 3}', b"\xff\x00", b"[" * 5000]

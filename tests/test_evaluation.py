@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Finished, run_here
+from conftest import ROOT, Finished, files, run_here
 from torch.nn import functional as F
 
 from models import build_model
@@ -183,6 +183,23 @@ def test_the_comparison_pairs_seeds(evaluate, runs, tmp_path):
         ours = results.loc[("vanilla", row.scaling), row.metric]
         theirs = results.loc[("label-smoothing", row.scaling), row.metric]
         assert row.difference == pytest.approx((ours - theirs).mean())
+
+
+@pytest.mark.parametrize(
+    "flags", [("--inspect", 360), ("--plots", "--tsne_classes", 0, "x"), ("--report", ".")]
+)
+def test_bad_flags_leave_the_tables_as_they_are(evaluate, runs, tmp_path, flags):
+    evaluate(runs, "--compare")
+    before = files(tmp_path)
+    evaluate(runs / "ls", *flags, status=2)
+    assert files(tmp_path) == before
+
+
+def test_no_table_of_another_evaluation_stays(evaluate, runs, tmp_path):
+    evaluate(runs, "--compare")
+    evaluate(runs / "ls")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"results.csv", "summary.csv", "summary.md", "summary.tex"}
 
 
 def test_unequal_trainings_are_not_compared_without_a_word(evaluate, runs, make, tmp_path):

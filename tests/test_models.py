@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from models import ALIASES, MODELS, build_model, canonical_name, model_names
+from utils.inference import evaluation_batch
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 20, 28)]
 
@@ -280,6 +281,12 @@ def test_uint8_and_float_images_give_identical_logits(dtype):
     images = random_images((3, 32, 32))  # bfloat16 holds the integers up to 256 exactly
     with torch.no_grad():
         assert torch.equal(model(images), model(images.to(dtype)))
+
+
+def test_a_batch_of_larger_images_takes_no_more_memory_in_an_evaluation():
+    small, large = (build("shallownet", (3, side, side)) for side in (64, 224))
+    assert evaluation_batch(small) == 1024
+    assert evaluation_batch(large) == 83  # 1024 * (64 / 224)^2, rounded down
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,24 @@
 """Published settings: whole, taken where there are some, and overridden by the command line."""
 
+import contextlib
 import json
+import sys
 from fnmatch import fnmatchcase
 
 import pandas as pd
 import pytest
+import torch
 from conftest import run_here
 
 from models import MODELS
-from utils.arguments import PARAMS, add_hyper_parameter, recipe, settle, training_parser
+from utils.arguments import (
+    PARAMS,
+    add_hyper_parameter,
+    print_next,
+    recipe,
+    settle,
+    training_parser,
+)
 from utils.data_loader import READERS
 
 HYPER_PARAMETERS = {
@@ -48,6 +58,30 @@ def as_flags(settings: dict) -> list:
         for name, value in settings.items()
         for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
     ]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_the_default_on_gpus_that_have_it(native, monkeypatch):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    args = training_parser("", "training").parse_args(["--precision", "auto"])
+    args.device = torch.device("cuda")
+    args = settle(args, "vanilla", "digits", "resnet18")
+    assert recipe(args, "digits", "ils", None)["precision"] == ("float32", "bfloat16")[native]
+
+
+@pytest.mark.parametrize(
+    ("script", "place"),
+    [("Label-smoothing.py", ""), ("/a b/Label-smoothing.py", "'/a b/'"), ("../c/x.py", "../c/")],
+)
+def test_the_next_command_is_where_the_script_is(script, place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script])
+    args = training_parser("", "training").parse_args(["--ece_bins", "15"])
+    print_next(args, "Models-evaluation.py runs")
+    assert capsys.readouterr().out == (f"  python {place}Models-evaluation.py runs --ece_bins 15\n")
 
 
 @pytest.mark.parametrize(("protocol", "method", "dataset", "model"), COMBINATIONS)

@@ -290,9 +290,23 @@ run(main)
 """
 
 
-@pytest.mark.parametrize("program", [IN_A_FINALIZER, WHILE_IT_DIVERGES])
+IN_A_LIBRARY = """
+import os, signal
+from utils.errors import Stopped, run
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except Stopped:
+        raise ValueError("Invalid bounding box")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("program", [IN_A_FINALIZER, WHILE_IT_DIVERGES, IN_A_LIBRARY])
 def test_a_signal_is_not_lost_where_another_exception_passes(program):
-    """Python ignores what is raised in a finalizer."""
+    """Python ignores what is raised in a finalizer; matplotlib makes something else of it."""
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -307,6 +321,35 @@ def test_what_continues_a_run_that_was_overwriting_does_not_overwrite(forks, tmp
     forks.wait_for("epoch   1/400")
     assert_stopped(forks, process, signal.SIGTERM)
     assert "--overwrite" not in forks.said
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_closed_output_is_said_in_one_line(tmp_path, both):
+    """As by `| head -1`; with `2>&1 | head -1` there is nobody to tell."""
+    command = (*VANILLA, "--epochs", 400, "--estop", 0, "--output_dir", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if both else subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    error = "" if both else process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE, error
+    if not both:
+        said = "Vanilla-cross-entropy.py: nobody reads the output any more; to continue: python "
+        assert error.startswith(said)
+        assert error.count("\n") == 1
+
+
+def test_overwriting_leaves_the_teacher(forks, tmp_path):
+    flags = ("--model", "simple_dense", "--output_dir", tmp_path, "--precision", "float32")
+    process = forks.start("Vanilla-cross-entropy.py", *flags, "--lr", 0.01, "--epochs", 1000)
+    forks.wait_for("epoch   1/")
+    assert_stopped(forks, process, signal.SIGTERM)
+    before = files(tmp_path)
+    said = forks.run("Instance-based-smoothing.py", *flags, "--overwrite", status=2)
+    assert "recipe.lr is 0.01 there and 0.1 here" in said
+    assert files(tmp_path) == before
 
 
 def test_a_signal_through_the_real_command_line(tmp_path):

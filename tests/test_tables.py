@@ -252,6 +252,13 @@ def test_a_latex_table_is_booktabs_with_its_columns_and_no_more():
     assert text.count(r"\begin") == text.count(r"\end") == 2
 
 
+def test_what_names_a_row_stays_though_all_share_it():
+    cells = pd.DataFrame({"method": ["ls"] * 2, "selected": ["0.1"] * 2, "tried": ["7"] * 2})
+    left, shared = tables.without_shared(cells)
+    assert list(left) == ["method", "selected"]
+    assert shared == "Tried: 7."
+
+
 def test_a_single_row_keeps_what_it_is_about(tmp_path):
     cells = pd.DataFrame([{"Seed": "0", "Selected": "smoothing=0.1", "Trained": "2"}])
     text = tables.write(tmp_path, "name", cells, cells, "")

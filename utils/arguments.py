@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -232,8 +233,8 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
         type=one_of(PRECISIONS),
         default="auto",
         metavar="NAME",
-        help="of the network's arithmetic: float32, bfloat16 (mixed), or auto: bfloat16 on CUDA "
-        "and on a CPU that has instructions for it, else float32; losses are float32 always "
+        help="of the network's arithmetic: float32, bfloat16 (mixed), or auto: bfloat16 on a GPU "
+        "or CPU that has instructions for it, else float32; losses are float32 always "
         "(default: %(default)s)",
     )
     add(
@@ -287,8 +288,8 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
         add(
             "--overwrite",
             action="store_true",
-            help="start anew where DIR holds a run already; off: an unfinished run is continued, a "
-            "finished one reported",
+            help="start anew where DIR holds this run already: its files are removed, but not a "
+            "teacher's; off: an unfinished run is continued, a finished one reported",
         )
     add(
         "--save_every",
@@ -569,5 +570,7 @@ def print_next(args: argparse.Namespace, *commands: str) -> None:
         needed += f" --workers {args.workers}"
     if args.ece_bins != ECE_BINS:
         needed += f" --ece_bins {args.ece_bins}"
+    beside = Path(sys.argv[0]).parent  # the scripts, wherever this one was called from
+    place = "" if beside == Path() else shlex.quote(f"{beside}/")
     for command in commands:
-        print(f"  python {command}{needed}")
+        print(f"  python {place}{command}{needed}")

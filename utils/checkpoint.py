@@ -163,6 +163,8 @@ def read_tensors(path: Path) -> dict:
         raise InputError(f"{path} is a folder, not a checkpoint; a file such as best.pt would do")
     if not path.exists():
         raise InputError(f"no checkpoint {path}; the training scripts write best.pt")
+    if not path.is_file():  # reading a pipe would never end
+        raise InputError(f"{path} is not a regular file; a file such as best.pt would do")
     try:
         _check_archive(path)
         with warnings.catch_warnings():

@@ -1,12 +1,13 @@
 """What is said when a script cannot go on: one line on stderr, and a telling exit status."""
 
+import os
 import re
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -132,12 +133,45 @@ def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
     raise error
 
 
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """What is said at the end, and the exit status. Raises what is neither input nor machine."""
+    # What --overwrite was to remove is gone; given again it would remove the new run.
+    again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+    match error:
+        case InputError():
+            return f"error: {error}", 2
+        case DivergedError():
+            return f"diverged: {error}", 3
+        case Stopped():
+            state = "training state saved; " if error.saved else ""
+            name = signal.Signals(error.number).name
+            return f"stopped by {name}; {state}to continue: {again}", 128 + error.number
+        case BrokenPipeError():
+            return f"nobody reads the output any more; to continue: {again}", 128 + signal.SIGPIPE
+        case RuntimeError():
+            return _of_the_machine(error)
+        case _:
+            raise error
+
+
+def _drop_output() -> None:
+    """So that what is still to be written to a closed pipe is no error when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Calls a script's main; ends bad input, diverged training and signals with one line."""
+    received = []
 
     def stop(number: int, frame) -> None:
         _ignore_signals()
-        raise Stopped(number)
+        received.append(Stopped(number))
+        raise received[-1]
 
     def repeat(unraisable) -> None:
         """Python drops what is raised in a __del__, so it is raised again a moment later."""
@@ -152,18 +186,15 @@ def run(main: Callable[[], int | None]) -> None:
     for number in STOPPING:
         signal.signal(number, stop)
     try:
-        sys.exit(main())
-    except InputError as error:
-        message, status = f"error: {error}", 2
-    except DivergedError as error:
-        message, status = f"diverged: {error}", 3
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except Stopped as stopped:
-        state = "training state saved; " if stopped.saved else ""
-        # What --overwrite was to remove is gone; given again it would remove the new run.
-        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-        message = f"stopped by {signal.Signals(stopped.number).name}; {state}to continue: {again}"
-        status = 128 + stopped.number
-    except RuntimeError as error:
-        message, status = _of_the_machine(error)
-    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+        message, status = _last_words(stopped)
+    except Exception as error:
+        # C++ code, as matplotlib's, makes an error of its own of what a signal raises in it.
+        message, status = _last_words(received[-1] if received else error)
+    with suppress(BrokenPipeError):
+        print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+    _drop_output()
     sys.exit(status)

@@ -73,6 +73,22 @@ class Request:
         return bool((self.low < self.high).any())
 
 
+def find_teacher(evaluated: Sequence[Evaluated], index: int) -> Evaluated:
+    """The vanilla network of the lowest seed among those given, or else the first.
+
+    Raises InputError if its test split has no image of that index.
+    """
+    vanilla = [run for run in evaluated if run.training["method"] == "vanilla"]
+    teacher = min(vanilla, key=lambda run: run.training["seed"]) if vanilla else evaluated[0]
+    count = len(teacher.labels["test"])
+    if not 0 <= index < count:
+        raise InputError(
+            f"--inspect {index}: the test split of {teacher.data['dataset']} has the images 0 to "
+            f"{count - 1}"
+        )
+    return teacher
+
+
 def inspect(
     evaluated: Sequence[Evaluated],
     index: int,
@@ -83,17 +99,10 @@ def inspect(
 ) -> tuple[str, Drawing]:
     """A table in Markdown, and the figure; beside it the table is written as .csv and .md.
 
-    index: of the image in the test split, from 0. The teacher is the vanilla network of the lowest
-    seed among those given, or else the first. Raises InputError if there is no such image.
+    index: of the image in the test split, from 0. Raises InputError if there is no such image.
     """
-    vanilla = [run for run in evaluated if run.training["method"] == "vanilla"]
-    teacher = min(vanilla, key=lambda run: run.training["seed"]) if vanilla else evaluated[0]
-    count = len(teacher.labels["test"])
+    teacher = find_teacher(evaluated, index)
     dataset = teacher.data["dataset"]
-    if not 0 <= index < count:
-        raise InputError(
-            f"--inspect {index}: the test split of {dataset} has the images 0 to {count - 1}"
-        )
     data, splits = data_loader.reload(teacher.data, data_dir, device, streaming)
     (image,) = next(data.gather([splits.test[[index]]])).cpu().numpy()
     label = int(teacher.labels["test"][index])
@@ -305,13 +314,18 @@ def in_words(
             }
         )
     heading = tables.escape_markdown(heading[0].upper() + heading[1:])
+    average = ""
+    if any(request.method == "class-based" for request in wanted):
+        average = (
+            "The class-based target is from the teacher's validation images; training takes the "
+            "training images. "
+        )
     return (
         f"{heading}. The network, which is the teacher too: {about}. It says {says}.\n\n"
         f"{tables.markdown(pd.DataFrame(rows))}\n"
         "A negative gradient raises the logit, a positive one lowers it; it is what the network "
-        "says less the method's target. The class-based target is from the teacher's validation "
-        "images; training takes the training images. As the network is its own teacher here, "
-        "label relaxation's nearest answer is ILS2's target: it is what ILS2 with itself as its "
+        f"says less the method's target. {average}As the network is its own teacher here, label "
+        "relaxation's nearest answer is ILS2's target: it is what ILS2 with itself as its "
         "teacher would ask, but only where the network is not sure enough.\n"
     )
 

@@ -177,8 +177,7 @@ def write_all(
     written.
     """
     compared = blocks(evaluated)
-    # All that can be wrong with the flags is found before the first file is written.
-    chosen = {title: choose_classes(methods, tsne_classes) for title, methods in compared.items()}
+    chosen = check_classes(evaluated, tsne_classes)
     drawings = []
     for title, methods in compared.items():
         name = slugify(title)
@@ -200,6 +199,16 @@ def write_all(
             print(f"left out: the t-SNE of {title} ({error})", file=sys.stderr)
     drawings.append(save(simplex(), output, "loss-triangle", "Loss triangle", SIMPLEX_CAPTION))
     return drawings
+
+
+def check_classes(
+    evaluated: Sequence[Evaluated], tsne_classes: Sequence[str] | None
+) -> dict[str, list[int]]:
+    """The classes of the t-SNE of each data set and network. Raises InputError as `write_all` does,
+    before anything is written."""
+    return {
+        title: choose_classes(methods, tsne_classes) for title, methods in blocks(evaluated).items()
+    }
 
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Drawing:

@@ -365,6 +365,10 @@ def latex(cells: pd.DataFrame, caption: str, label: str) -> str:
     )
 
 
+# Columns that say what a row is about.
+NAMES = ("Data set", "Network", "Training", "method", "hyper_parameter", "selected")
+
+
 def without_shared(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The table without the labels that all its rows share, which fit in a line: so that the
     table fits in a terminal or a column. What names a row stays, as does all of a single row."""
@@ -373,9 +377,7 @@ def without_shared(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     shared = [
         name
         for name in cells.columns
-        if name not in ("Data set", "Network", "Training")
-        and isinstance(cells[name].iloc[0], str)
-        and cells[name].nunique() == 1
+        if name not in NAMES and isinstance(cells[name].iloc[0], str) and cells[name].nunique() == 1
     ]
     line = "; ".join(f"{name.lower()}: {cells[name].iloc[0]}" for name in shared)
     return cells.drop(columns=shared), f"{line[:1].upper()}{line[1:]}." if line else ""
@@ -384,6 +386,14 @@ def without_shared(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def ece_rule(ece_bins: int) -> str:
     """How every ECE of a table was made."""
     return f"ECE: {ece_bins} equal-width bins (lo, hi], top label."
+
+
+def remove_earlier(folder: Path, names: tuple[str, ...]) -> None:
+    """Removes tables of an earlier evaluation that this one may not make anew, and that would then
+    stand beside those of other networks."""
+    for name in names:
+        for suffix in (".csv", ".md", ".tex"):
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def write(folder: Path, name: str, table: pd.DataFrame, cells: pd.DataFrame, caption: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 from utils import checkpoint, data_loader
 from utils.checkpoint import Checkpoint
@@ -42,7 +43,8 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
         folder = trial.folder(VANILLA)
         if not (folder / "metrics.json").exists():
             print(f"no vanilla teacher in {folder}: it is trained first")
-            train_trial(trial, VANILLA, {}, make_cross_entropy)
+            # --overwrite is of the run that was asked for.
+            train_trial(replace(trial, overwrite=False), VANILLA, {}, make_cross_entropy)
         # With protocol lr the one that has not seen the images on which its pupils are selected.
         path = folder / ("best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt")
     teacher = checkpoint.load(path, trial.device)
