@@ -62,8 +62,8 @@ def main() -> int:
             print(f"warning: {warning}", file=sys.stderr)
 
     folder = Path(args.output_dir)
-    tables.remove_earlier(folder, ("students", "comparison", "comparison_ranks"))
     checkpoint.write_text(folder / "results.csv", results.to_csv(index=False))
+    tables.remove_earlier(folder, ("students", "comparison", "comparison_ranks"))
     summary = tables.summarise(rows, bootstrap)
     texts, drawings = write_tables(folder, summary, compared, unequal, args), []
     if ranks is not None and len(ranks):
