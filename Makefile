@@ -40,7 +40,8 @@ TABLES := gaussians $(LR_TABLES) students densenet resnet18
 results: $(TABLES)
 	$(RUN) results/parity.py
 
-STUDY := $(RUN) Hyperparameter-study.py --seeds 0 1 2
+SEEDS := 0 1 2
+STUDY = $(RUN) Hyperparameter-study.py --seeds $(SEEDS)
 EVALUATE := $(RUN) Models-evaluation.py --compare --plots --bootstrap 1000
 FASHION := --dataset fashionmnist
 GARMENTS := --tsne_classes Shirt Pullover Sneaker
@@ -51,6 +52,7 @@ gaussians: $(VENV)/installed
 
 # The LR paper's protocol; both selections are from the same trainings.
 fashionmnist-simple-dense-lr: CLASSES := $(GARMENTS)
+fashionmnist-simple-dense-lr: SEEDS := 0 1 2 3
 $(LR_TABLES): %-simple-dense-lr: $(VENV)/installed-dev
 	for by in accuracy ece; do \
 	  $(STUDY) --dataset $* --model simple_dense --params published --select_by $$by \
