@@ -45,7 +45,10 @@ def make_loss(trial, variant, **hyper_parameters):
         try:
             averages = class_average_logits(logits, labels, temperature)
         except ValueError as error:  # a class without images
-            raise InputError(f"--variant class, in the training split: {error}") from None
+            raise InputError(
+                f"--variant class, in the training split: {error}; a larger --tr_size, or another "
+                "--seed, may do"
+            ) from None
         averages = averages.to(trial.device)
     scaling = trial.teacher.temperature if variant in ("ils1", "ils") else 1.0
 
