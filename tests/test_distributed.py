@@ -122,6 +122,7 @@ def compare_batch_norm() -> None:
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[name], value, rtol=1e-5, atol=1e-5)
     print("compared")
+    distributed.end()
 
 
 def test_a_process_that_dies_ends_the_job_in_words_and_the_next_start_goes_on(tmp_path):

@@ -197,4 +197,8 @@ def run(main: Callable[[], int | None]) -> None:
     with suppress(BrokenPipeError):
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     _drop_output()
+    if distributed.is_initialized():
+        # Python would take down what Gloo's threads still hold, and they may abort (pytorch/pytorch
+        # 179291); leaving the group first may wait for ever for a process that has died.
+        os._exit(status)
     sys.exit(status)
