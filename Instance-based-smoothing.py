@@ -28,6 +28,7 @@ from utils.arguments import (
     non_negative_float,
     number,
     one_of,
+    path_name,
     positive_float,
     training_parser,
 )
@@ -79,6 +80,7 @@ def method(*given) -> Method:
     add = parser.add_argument
     add(
         "--teacher",
+        type=path_name,
         nargs="+",
         metavar="CHECKPOINT",
         help="best.pt of the teacher, or several or folders, of which each seed takes that in its "

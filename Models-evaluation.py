@@ -23,6 +23,7 @@ from utils.arguments import (
     Parser,
     add_evaluation_flags,
     check_streaming,
+    path_name,
     resamples,
     streaming,
 )
@@ -89,12 +90,14 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add(
         "checkpoints",
+        type=path_name,
         nargs="+",
         metavar="CHECKPOINT_OR_FOLDER",
         help="best.pt files, or folders that are searched for them",
     )
     add(
         "--output_dir",
+        type=path_name,
         default="evaluation",
         metavar="DIR",
         help="where the tables are written: results.csv (a row for each checkpoint, split and "

@@ -22,6 +22,7 @@ from utils.arguments import (
     network,
     number,
     one_of,
+    path_name,
     positive_float,
     training_parser,
 )
@@ -65,6 +66,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add(
         "--teacher",
+        type=path_name,
         nargs="+",
         required=True,
         metavar="CHECKPOINT",

@@ -33,6 +33,7 @@ from utils.arguments import (
     non_negative_float,
     non_negative_int,
     number,
+    path_name,
     positive_float,
     positive_int,
 )
@@ -159,7 +160,7 @@ def parse_arguments():
     add("--curve_smoothing", type=share, nargs="+", default=CURVE_SMOOTHINGS, metavar="X",
         help="ε to choose from in each bin, beside 0 (default: "
         f"{' '.join(f'{v:g}' for v in CURVE_SMOOTHINGS)})")  # fmt: skip
-    add("--output_dir", default="synthetic", metavar="DIR",
+    add("--output_dir", type=path_name, default="synthetic", metavar="DIR",
         help="where tables and figures are written (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
     if args.curve_bins in (1, 2):

@@ -68,10 +68,11 @@ def refuses(refused, tmp_path):
     ],
 )
 def test_memory_that_is_short_is_said_in_one_line(error, refused, monkeypatch, tmp_path):
-    def train(*_):
+    def check(*_):
         raise error
 
-    monkeypatch.setattr(training, "train_trial", train)
+    # Of what another module imports by name it would keep this one, if it is imported here first.
+    monkeypatch.setattr(training, "_check_network", check)
     said = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
     first, *_ = str(error).splitlines()
     assert f"error: {first}; smaller batches (--batch_size) or images" in said
@@ -112,6 +113,8 @@ SHARED = {
     "--params": ["publishd"],
     "--augment": ["flop"],
     "--precision": ["float61"],
+    "--output_dir": [""],
+    "--data_dir": [""],
     "--device": ["gpu", "cuda:x", "cuda:-1", "cpu:1", "meta", "", "cuda:99999999999"],
 }
 OF_TRAINING = {
@@ -135,17 +138,21 @@ OF_ONE = {
         "--shift": ["-0.1", "1.1", "nan"],
         "--slope": ["-1", "nan", "inf"],
         "--cap": ["-0.1", "1", "nan"],
+        "--teacher": [""],
     },
     DISTILLATION: {
         "--alpha": ["-0.1", "1.1", "nan", "inf", "some"],
         "--temperature": ["0", "-1", "nan", "inf", "warm"],
         "--student": ["shallow"],
         "--scale_teacher": ["maybe"],
+        "--teacher": [""],
     },
     EVALUATION: {
         "--ece_bins": SHARED["--ece_bins"],
         "--bootstrap": ["-1", "some", "9" * 13],
         "--device": SHARED["--device"],
+        "--output_dir": [""],
+        "--data_dir": [""],
     },
 }
 FLAGS = [
@@ -192,6 +199,10 @@ def test_unknown_flags_are_not_guessed(script, flags, refuses):
 def test_classes_of_a_figure_that_is_not_drawn(refuses):
     error = refuses(EVALUATION, "best.pt", "--tsne_classes", "1", "2")
     assert "--tsne_classes does nothing without --plots" in error
+
+
+def test_no_name_is_not_the_working_directory(refuses):
+    assert "CHECKPOINT_OR_FOLDER: '' given, a path expected" in refuses(EVALUATION, "")
 
 
 @pytest.mark.parametrize("flag", ["--smoothing", "--epochs"])

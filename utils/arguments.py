@@ -86,6 +86,14 @@ bins = number(int, 1, 10**6)
 resamples = number(int, 0, 10**6)
 
 
+def path_name(text: str) -> str:
+    """A type for argparse: a file or folder. "" would be the working directory, and is most often a
+    shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a path expected")
+    return text
+
+
 def one_of(names: list[str] | tuple[str, ...]) -> Callable:
     """A type for argparse: one of the names; the error suggests the nearest."""
 
@@ -280,6 +288,7 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
     )
     add(
         "--output_dir",
+        type=path_name,
         default="runs",
         metavar="DIR",
         help="a run is left in DIR/<dataset>/<model>/<method>/seed<N> (default: %(default)s)",
@@ -356,6 +365,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     add = parser.add_argument_group("machine and evaluation").add_argument
     add(
         "--data_dir",
+        type=path_name,
         default="data",
         metavar="DIR",
         help="where the data set is, or is downloaded to; for imagefolder the folder that holds "
