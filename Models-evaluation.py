@@ -39,9 +39,9 @@ def main() -> int:
     networks, left_out = evaluate_all(args)
     check_streaming(args, {network.data["dataset"] for network in networks})
     if args.plots:
-        plots.check_classes(networks, args.tsne_classes)
+        plots.choose_all_classes(networks, args.tsne_classes)
     if args.inspect is not None:
-        inspector.find_teacher(networks, args.inspect)
+        inspector.choose_teacher(networks, args.inspect)
     results = pd.DataFrame([row for net in networks for row in tidy_rows(net, args.ece_bins)])
     # The same network given twice, as a file and in its folder, is still one seed.
     results = results.drop_duplicates(["weights", "training", "recipe", "split", "scaling"])

@@ -77,8 +77,8 @@ def wait_for_workers(process: int, seconds: float = 60) -> list[int]:
 
 
 def has_ended(process: int) -> bool:
-    """Or is a zombie: it runs and holds nothing, but its new parent has not asked for its status.
-    Some systems' first process asks every few seconds only."""
+    """Or is a zombie: it neither runs nor holds anything, but its new parent has not asked for its
+    status. Some systems' first process asks every few seconds only."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

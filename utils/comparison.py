@@ -310,12 +310,17 @@ def compare(
     return pd.DataFrame(compared)
 
 
+def differing(recipes: Sequence[dict]) -> list[str]:
+    """The settings in which recipes are not all alike, in the order of the first."""
+    return [key for key in recipes[0] if len({str(recipe.get(key)) for recipe in recipes}) > 1]
+
+
 # In what the recipes of methods differ by their nature. The tables name them.
 OF_THE_METHOD = ("requested", "select_by", "teacher")
 
 
 def unequal_recipes(rows: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
-    """In what else than the method those differ that were compared, a sentence a pair.
+    """What else than the method differs between those that were compared, a sentence a pair.
 
     rows, with the column recipe (JSON), and compared: what `compare` takes and gives.
     """
@@ -323,10 +328,10 @@ def unequal_recipes(rows: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     said = []
     pairs = compared.drop_duplicates([*BLOCK, "training"])[[*BLOCK, "training", "reference"]]
     for *block, ours, theirs in pairs.itertuples(index=False):
-        here, there = (json.loads(recipes[*block, training]) for training in (ours, theirs))
-        keys = [k for k in here if k not in OF_THE_METHOD and here[k] != there.get(k)]
+        pair = [json.loads(recipes[*block, training]) for training in (ours, theirs)]
+        keys = [key for key in differing(pair) if key not in OF_THE_METHOD]
         if keys:
-            here, there = (", ".join(f"{k} {r.get(k)}" for k in keys) for r in (here, there))
+            here, there = (", ".join(f"{key} {r.get(key)}" for key in keys) for r in pair)
             said.append(
                 f"{', '.join(block)}: {ours} was trained with {here}, {theirs} with {there}; their "
                 "difference is not the method's alone"

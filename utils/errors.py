@@ -189,9 +189,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = main()
         sys.stdout.flush()
         sys.exit(status)
-    except Stopped as stopped:
-        message, status = _last_words(stopped)
-    except Exception as error:
+    except (Exception, Stopped) as error:
         # C++ code, as matplotlib's, makes an error of its own of what a signal raises in it.
         message, status = _last_words(received[-1] if received else error)
     with suppress(BrokenPipeError):

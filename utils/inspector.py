@@ -73,7 +73,7 @@ class Request:
         return bool((self.low < self.high).any())
 
 
-def find_teacher(evaluated: Sequence[Evaluated], index: int) -> Evaluated:
+def choose_teacher(evaluated: Sequence[Evaluated], index: int) -> Evaluated:
     """The vanilla network of the lowest seed among those given, or else the first.
 
     Raises InputError if its test split has no image of that index.
@@ -101,7 +101,7 @@ def inspect(
 
     index: of the image in the test split, from 0. Raises InputError if there is no such image.
     """
-    teacher = find_teacher(evaluated, index)
+    teacher = choose_teacher(evaluated, index)
     dataset = teacher.data["dataset"]
     data, splits = data_loader.reload(teacher.data, data_dir, device, streaming)
     (image,) = next(data.gather([splits.test[[index]]])).cpu().numpy()

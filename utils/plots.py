@@ -177,7 +177,7 @@ def write_all(
     written.
     """
     compared = blocks(evaluated)
-    chosen = check_classes(evaluated, tsne_classes)
+    chosen = choose_all_classes(evaluated, tsne_classes)
     drawings = []
     for title, methods in compared.items():
         name = slugify(title)
@@ -201,7 +201,7 @@ def write_all(
     return drawings
 
 
-def check_classes(
+def choose_all_classes(
     evaluated: Sequence[Evaluated], tsne_classes: Sequence[str] | None
 ) -> dict[str, list[int]]:
     """The classes of the t-SNE of each data set and network. Raises InputError as `write_all` does,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from utils.checkpoint import write_text
-from utils.comparison import BLOCK, Bootstrap
+from utils.comparison import BLOCK, Bootstrap, differing
 
 METRICS = [
     "accuracy",
@@ -102,8 +102,8 @@ def differences(rows: pd.DataFrame) -> pd.Series:
     said = pd.Series("", index=rows.index)
     for _, same in rows.groupby([*BLOCK, "training"]):
         recipes = [json.loads(recipe) for recipe in same["recipe"]]
-        differing = [key for key in recipes[0] if len({str(r.get(key)) for r in recipes}) > 1]
-        said[same.index] = ["".join(f", {k} {r.get(k)}" for k in differing) for r in recipes]
+        keys = differing(recipes)
+        said[same.index] = ["".join(f", {key} {r.get(key)}" for key in keys) for r in recipes]
     return said
 
 
