@@ -30,7 +30,7 @@ def random_images() -> ImageData:
 def test_stored_answers_are_those_to_each_batch(name, precision, random_images):
     """Bit for bit, except where the network itself gives an image other last bits elsewhere.
 
-    Many do in float32 in a batch of another size, which is the last one of an epoch; and of the 13
+    Many do in float32 in a batch of another size, which is the last one of an epoch; and of all
     networks densenet100bc in float32 does at another place in the batch (by 1e-8, on the CPU with
     AVX-512 where this was written).
     """
