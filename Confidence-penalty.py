@@ -34,4 +34,4 @@ def method(*given) -> Method:
 
 
 if __name__ == "__main__":
-    run(lambda: train_method(*method()))
+    run(lambda: train_method(method()))

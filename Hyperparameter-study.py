@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from utils import arguments, data_loader
-from utils.arguments import Parser, one_of, positive_int, training_parser
+from utils.arguments import Parser, one_of, path_name, positive_int, training_parser
 from utils.distributed import refuse_torchrun
 from utils.errors import InputError, run
 from utils.methods import GRIDS, PRUNERS, SAMPLERS, read_methods, student_flags
@@ -88,6 +88,7 @@ def make_parser() -> Parser:
     )
     add(
         "--storage",
+        type=path_name,
         metavar="ADDRESS",
         help="where the workers meet: a SQLite file, for one machine, or "
         "postgresql://user@host/database or mysql+pymysql://... (default: study.db below "
@@ -109,6 +110,7 @@ def make_parser() -> Parser:
     )
     add(
         "--keep_candidates",
+        type=path_name,
         metavar="DIR",
         help="train there what is selected from, and keep it: another study, with an --output_dir "
         "of its own and another --select_by, can select from the same trainings (default: they are "
@@ -122,10 +124,16 @@ def make_parser() -> Parser:
     )
     add(
         "--mlflow",
+        type=path_name,
         metavar="ADDRESS",
         help="of an MLflow server, or a local folder (default: off)",
     )
-    add("--tensorboard", metavar="DIR", help="write TensorBoard's files there (default: off)")
+    add(
+        "--tensorboard",
+        type=path_name,
+        metavar="DIR",
+        help="write TensorBoard's files there (default: off)",
+    )
     add(
         "--dry_run",
         action="store_true",

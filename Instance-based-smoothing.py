@@ -122,16 +122,15 @@ def method(*given) -> Method:
     args = parser.parse_args(*given)
 
     used = hyper_parameters_of(args.variant, args.factor)
-    for name in ("factor", "smoothing", "temperature", "shift", "slope", "cap"):
-        if name not in used and getattr(args, name) != parser.get_default(name):
-            parser.error(
-                f"--{name} does nothing with --variant {args.variant} --factor {args.factor}, "
-                f"which reads {', '.join('--' + other for other in used)}"
-            )
+    if idle := args.given & {"factor", *args.hyper_parameters} - {*used}:
+        parser.error(
+            f"--{min(idle)} does nothing with --variant {args.variant} --factor {args.factor}, "
+            f"which reads {', '.join('--' + other for other in used)}"
+        )
     name = f"instance-based-{args.variant}"
     args.hyper_parameters, args.variant, args.factor = used, [args.variant], [args.factor]
     return Method(name, args, make_loss, find_or_train_teacher)
 
 
 if __name__ == "__main__":
-    run(lambda: train_method(*method()))
+    run(lambda: train_method(method()))

@@ -35,4 +35,4 @@ def method(*given) -> Method:
 
 
 if __name__ == "__main__":
-    run(lambda: train_method(*method()))
+    run(lambda: train_method(method()))

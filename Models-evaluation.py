@@ -45,6 +45,7 @@ def main() -> int:
     results = pd.DataFrame([row for net in networks for row in tidy_rows(net, args.ece_bins)])
     # The same network given twice, as a file and in its folder, is still one seed.
     results = results.drop_duplicates(["weights", "training", "recipe", "split", "scaling"])
+    results = tables.with_differences(results)
     comparison.check_test_images(results)
     rows = tables.with_students(results)
 
@@ -170,7 +171,7 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
     if not networks:
         raise InputError(f"none of the {len(paths)} checkpoints could be evaluated")
     for network in networks:
-        leak = comparison.teacher_warning(network, args.data_dir, args.device, streaming(args))
+        leak = comparison.teacher_warning(network)
         for warning in [*network.warnings, *filter(None, [leak])]:
             print(f"warning: {network.path}: {warning}", file=sys.stderr)
     return networks, len(paths) - len(networks)

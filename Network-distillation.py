@@ -4,7 +4,8 @@
 
 u are the teacher's logits of the very batch, augmentation included, that the student sees. The
 teacher's checkpoint says all that is needed: data set, split, seed and network. Each teacher is
-distilled twice, without and with temperature scaling, as in the ILS README's table.
+distilled twice, without and with temperature scaling, as in the ILS README's table, unless
+--scale_teacher says otherwise.
 
 GPU:  python Network-distillation.py --teacher runs/cifar10/resnet18
 CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vanilla/seed0/best.pt \\
@@ -28,7 +29,7 @@ from utils.arguments import (
 )
 from utils.errors import InputError, run
 from utils.losses import distillation_terms
-from utils.teacher import check_leak
+from utils.teacher import check_leak, student_method
 from utils.training import Trial, new_trial, requested_values, train_trial
 
 
@@ -122,8 +123,7 @@ def main() -> None:
         check_leak(teacher, trial.data, trial.splits)
         for scaled in {"no": [False], "yes": [True], "both": [False, True]}[args.scale_teacher]:
             trial.teacher_use = {"scaled": scaled}  # the same trial: the teacher is asked once
-            method = f"distilled-{teacher.model.name}-{teacher.training['method']}"
-            method += "-scaled" if scaled else ""
+            method = student_method(teacher.model.name, teacher.training["method"], scaled)
             train_trial(trial, method, requested_values(args), make_loss)
     if not taught:
         raise InputError(

@@ -18,4 +18,4 @@ def method(*given) -> Method:
 
 
 if __name__ == "__main__":
-    run(lambda: train_method(*method()))
+    run(lambda: train_method(method()))

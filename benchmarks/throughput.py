@@ -434,7 +434,12 @@ def main() -> None:
         "(default: %(default)s)",
     )
     add("--compile", action="store_true", help="a second row for each network, with torch.compile")
-    add("--output", metavar="FILE", help="a CSV file to write (default: off)")
+    add(
+        "--output",
+        type=arguments.path_name,
+        metavar="FILE",
+        help="a CSV file to write (default: off)",
+    )
     args = parser.parse_args()
 
     versions = machine(args.device)

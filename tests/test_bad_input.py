@@ -235,6 +235,7 @@ def test_a_gpu_that_is_not_there(script, device, refuses, monkeypatch):
         (("--variant", "ils2", "--shift", "0.7"), "--shift"),
         (("--variant", "class", "--factor", "proportional"), "--factor"),
         (("--variant", "ils1", "--factor", "proportional", "--cap", "0.5"), "--cap"),
+        (("--variant", "scores", "--temperature", "1"), "--temperature"),  # the default, but given
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(flags, idle, refuses):
@@ -329,6 +330,16 @@ def test_an_output_folder_with_another_configuration(finished, flags, difference
 def test_a_pipe_for_a_checkpoint_holds_nobody_up(refuses, tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     assert "is not a regular file" in refuses(EVALUATION, tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.json"])
+def test_a_pipe_for_a_file_of_an_earlier_run_holds_nobody_up(finished, file, tmp_path, refused):
+    shutil.copytree(finished, tmp_path / "runs")
+    path = tmp_path / "runs/digits/shallownet/vanilla/seed0" / file
+    path.unlink()
+    os.mkfifo(path)
+    flags = ("--model", "shallownet", "--epochs", 1, "--output_dir", tmp_path / "runs")
+    assert f"{path} is damaged" in refused("Vanilla-cross-entropy.py", *flags)
 
 
 @pytest.mark.parametrize("file", ["config.json", "metrics.json"])

@@ -154,6 +154,10 @@ def test_a_process_that_dies_ends_the_job_in_words_and_the_next_start_goes_on(tm
             "--batch_size 1 and 1150 training images, but 2 processes",
         ),
         (
+            ("--tr_size", 0.0007, "--model", "simple_dense"),
+            "--batch_size 512 and 1 training images, but 2 processes",
+        ),
+        (
             ("--model", "timm/test_efficientnet"),
             "timm-test_efficientnet has BatchNormAct2d, whose statistics 2 processes cannot share",
         ),

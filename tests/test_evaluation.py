@@ -289,7 +289,9 @@ def test_what_runs_of_one_setting_differ_in_tells_them_apart(evaluate, make, tmp
     for number, teacher in enumerate((TEACHER, other)):
         make(tmp_path / f"runs/ib{number}/best.pt", "ib", data_seed=5, teacher=teacher)
     evaluate(tmp_path / "runs")
-    assert list(pd.read_csv(tmp_path / "out/summary.csv")["training"].unique()) == [
+    trainings = list(pd.read_csv(tmp_path / "out/summary.csv")["training"].unique())
+    assert set(pd.read_csv(tmp_path / "out/results.csv")["training"]) == set(trainings)
+    assert trainings == [
         "ls, smoothing 0.1 or 0.2, select_by accuracy",
         "ls, smoothing 0.1 or 0.2, select_by ece",
         "ib, teacher shallownet vanilla",

@@ -50,6 +50,8 @@ def teacher() -> Evaluated:
         labels=labels,
         temperature=T,
         warnings=[],
+        splits=splits,
+        seen_by_teacher=(0, 0),
     )
 
 

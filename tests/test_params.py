@@ -141,6 +141,20 @@ def test_a_protocol_of_ones_own_comes_without_the_published_early_stopping():
     assert taken.epochs == 100
 
 
+def test_published_early_stopping_gives_way_to_the_protocol_of_the_teacher():
+    args = training_parser("", "distillation").parse_args(["--params", "published"])
+    taken = settle(args, "distillation", "cifar10", "shallownet")
+    assert recipe(taken, "cifar10", "ils", 0.8)["estop"] == 10
+    assert recipe(taken, "cifar10", "lr", 0.8)["estop"] == 0
+
+
+def test_only_what_was_given_is_said_to_be(capsys):
+    settle(parse("vanilla", "--schedule", "cosine"), "vanilla", "cifar10", "resnet18")
+    assert "the command line gives: schedule cosine, not steps\n" in capsys.readouterr().out
+    settle(parse("vanilla", "--protocol", "lr"), "vanilla", "cifar10", "resnet18")
+    assert "the command line gives" not in capsys.readouterr().out
+
+
 def test_a_flag_that_says_the_default_is_given_all_the_same():
     default = training_parser("").get_default("batch_size")
     taken = settle(parse("vanilla", "--batch_size", default), "vanilla", "mnist", "simple_dense")

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from utils import plots
+from utils.data_loader import Splits
 from utils.errors import InputError
 from utils.inference import Evaluated
 
@@ -60,6 +61,8 @@ def network(tmp_path, method="vanilla", seed=0, images=400, sharpness=1.0, **cha
         "labels": {"validation": labels[:50], "test": labels},
         "temperature": 2.0,
         "warnings": [],
+        "splits": Splits(*map(torch.arange, (1, 50, 200))),
+        "seen_by_teacher": (0, 0),
     }
     return Evaluated(**(values | changes))
 

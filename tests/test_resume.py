@@ -366,6 +366,30 @@ def test_a_signal_through_the_real_command_line(tmp_path):
     assert error.count("\n") == 1
 
 
+def test_what_is_printed_keeps_up_with_the_training(tmp_path):
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    flags = ("--epochs", 4000, "--estop", 0, "--output_dir", tmp_path)
+    process = start(*VANILLA, *flags, env=buffered)
+    history = tmp_path / "digits/shallownet/vanilla/seed0/history.csv"
+    while not history.exists() or history.read_text().count("\n") < 4:  # a heading and three epochs
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    out, _ = process.communicate(timeout=60)
+    rows = history.read_text().count("\n") - 1
+    assert sum(line.startswith("epoch ") for line in out.splitlines()) >= rows - 1
+
+
+def test_a_state_without_the_optimizers_memory_is_refused(forks, tmp_path):
+    command = (*VANILLA, "--epochs", 2, "--output_dir", tmp_path)
+    forks.run(*command)
+    folder = tmp_path / "digits/shallownet/vanilla/seed0"
+    (folder / "metrics.json").unlink()
+    checkpoint.update(folder / "last.pt", optimizer={})
+    said = forks.run(*command, status=2)
+    assert "last.pt is damaged (ValueError: it lacks what the optimizer remembers" in said
+
+
 def test_a_second_process_disturbs_nothing_and_a_dead_ones_lock_is_no_obstacle(
     forks, tmp_path, tmp_path_factory
 ):

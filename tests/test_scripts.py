@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run, same_bits, start, weights
+from conftest import ROOT, run, run_here, same_bits, start, weights
 
 FAST = ("--model", "shallownet", "--epochs", 3, "--batch_size", 128)
 
@@ -49,6 +49,14 @@ def test_the_teacher_is_trained_when_there_is_none_and_found_when_there_is(runs)
     # The vanilla script takes the teacher for its own run: the settings are the same.
     again = run("Vanilla-cross-entropy.py", *FAST, "--output_dir", folder / "runs")
     assert "finished earlier" in again.out
+
+
+def test_how_to_select_is_no_setting_where_nothing_is_selected(capsys, tmp_path):
+    flags = ("--model", "simple_dense", "--epochs", 1, "--output_dir", tmp_path)
+    assert not run_here("Vanilla-cross-entropy.py", *flags, "--select_by", "accuracy")
+    capsys.readouterr()
+    assert not run_here("Vanilla-cross-entropy.py", *flags)
+    assert "finished earlier" in capsys.readouterr().out
 
 
 def test_a_run_leaves_the_files_that_are_promised(runs):

@@ -428,6 +428,11 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_whose_steps_diverge_says_so(here):
+    out = here(*SMALL, "--methods", "vanilla", "--lr", 1e20, "--dry_run", status=3)
+    assert "a validation logit became NaN or infinite in epoch 1 at learning rate 1e+20" in out
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -456,6 +461,10 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):
         (("--distil", "lenet --seed 5"), "--seed is the study's to give"),
         (("--distil", "lenet --teacher runs"), "--teacher is the study's to give"),
         (("--model", "shallownet", "--batch_size", "1", "--dry_run"), "batches of 1"),
+        (("--keep_candidates", ""), "--keep_candidates: '' given, a path expected"),
+        (("--storage", ""), "--storage: '' given, a path expected"),
+        (("--mlflow", ""), "--mlflow: '' given, a path expected"),
+        (("--tensorboard", ""), "--tensorboard: '' given, a path expected"),
     ],
 )
 def test_what_cannot_be_studied_is_said_in_one_line(flags, words, refused, tmp_path):

@@ -33,7 +33,8 @@ def student(weights: str, seed: int, value: float, teacher: str, **columns) -> d
 
 
 def summary_of(*rows: dict, bootstrap=None) -> pd.DataFrame:
-    return tables.summarise(tables.with_students(pd.DataFrame(rows)), bootstrap)
+    rows = tables.with_differences(pd.DataFrame(rows))
+    return tables.summarise(tables.with_students(rows), bootstrap)
 
 
 def test_a_setting_in_words():

@@ -465,13 +465,13 @@ def _with_published(args, method: str, dataset: str, model: str) -> argparse.Nam
             f"that it has: {'; '.join(_nearest_published(method, dataset, model))}"
         )
     # Milestones belong to the schedule they were published with, early stopping to the protocol.
-    given = args.given | ({"milestones", "fall"} if "schedule" in args.given else set())
-    given |= {"estop"} if "protocol" in args.given and args.protocol == "lr" else set()
-    taken = {name: value for name, value in settings.items() if name not in given}
+    unfit = {"milestones", "fall"} if "schedule" in args.given else set()
+    unfit |= {"estop"} if "protocol" in args.given and args.protocol == "lr" else set()
+    taken = {k: value for k, value in settings.items() if k not in args.given | unfit}
     left = [
         f"{name} {_in_words(getattr(args, name))}, not {_in_words(value)}"
         for name, value in settings.items()
-        if name in given
+        if name in args.given
     ]
     listed = (f"{name} {_in_words(value)}" for name, value in taken.items())
     print(f"published settings ({source}): {', '.join(listed)}")
@@ -509,13 +509,13 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
         augment = PARAMS["augmentation"].get(dataset, "none")
     if dataset == "gaussians" and augment != "none":
         raise InputError(f"--augment {augment} given, but gaussians are points; none expected")
-    estop, keeps_last = args.estop, protocol == "lr"
-    if estop is None:
-        estop = 0 if keeps_last else PARAMS[args.defaults]["estop"]
-    elif estop and keeps_last:
+    keeps_last = protocol == "lr"
+    if keeps_last and args.estop and "estop" in args.given:
         raise InputError(
-            f"--estop {estop} given, but --protocol lr keeps the last of all epochs; 0 expected"
+            f"--estop {args.estop} given, but --protocol lr keeps the last of all epochs; "
+            "0 expected"
         )
+    estop = PARAMS[args.defaults]["estop"] if args.estop is None else args.estop
     return {
         "optimizer": args.optimizer,
         "lr": args.lr,
@@ -525,7 +525,7 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
         "fall": args.fall,
         "batch_size": args.batch_size,
         "epochs": args.epochs,
-        "estop": estop,
+        "estop": 0 if keeps_last else estop,
         "augment": augment,
         "pretrained": args.pretrained,
         "precision": _precision(args.device) if args.precision == "auto" else args.precision,

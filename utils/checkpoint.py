@@ -379,6 +379,8 @@ def _check_fields(content: dict) -> None:
             fields[name.replace("training", "teacher")] = fields[name]
         for name in ("data.seed", "data.protocol", "data.tr_size"):
             fields[name.replace("data", "teacher")] = fields[name]
+    if isinstance(content.get("training"), dict) and "select_by" in content["training"]:
+        fields["training.select_by"] = (_word, "a name")
     for name, (accepted, expected) in fields.items():
         value = content
         for key in name.split("."):

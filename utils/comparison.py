@@ -15,7 +15,6 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +25,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from utils import data_loader
 from utils.errors import InputError
-from utils.image_files import AUTO, Streaming
 from utils.inference import Evaluated
 
 METRICS = ("accuracy", "log_loss", "brier", "ece")  # what is resampled and compared
@@ -71,37 +68,27 @@ def check_test_images(rows: pd.DataFrame) -> None:
             )
 
 
-def teacher_warning(
-    student: Evaluated,
-    data_dir: str | Path,
-    device: torch.device,
-    streaming: Streaming = AUTO,
-) -> str | None:
+def teacher_warning(student: Evaluated) -> str | None:
     """What is to be said of the images on which the network's teacher was trained, if anything.
 
     student: a network with a teacher: a distilled one, or one trained with instance-based
     smoothing. Raises InputError if the teacher was trained on test images of the student.
     """
-    teacher, own = student.teacher, student.data
+    teacher, splits = student.teacher, student.splits
     if teacher is None:
         return None
-    same_split = all(teacher[key] == own[key] for key in ("seed", "protocol", "tr_size"))
-    if same_split and teacher["trained_on"] == "train":
-        return None
-    data, ours = data_loader.reload(own, data_dir, device, streaming)
-    theirs = data_loader.split(data, teacher["tr_size"], teacher["seed"], teacher["protocol"])
-    validation, test = ours.seen(theirs.of(teacher["trained_on"]))
+    validation, test = student.seen_by_teacher
     name = f"teacher, {teacher['method']} of seed {teacher['seed']},"
     if test:
         raise InputError(
-            f"{student.path} has a {name} that was trained on {test} of its {len(ours.test)} test "
-            "images; a teacher of the same seed, --tr_size and --protocol would do"
+            f"{student.path} has a {name} that was trained on {test} of its {len(splits.test)} "
+            "test images; a teacher of the same seed, --tr_size and --protocol would do"
         )
     if not validation:
         return None
     return (
-        f"its {name} was trained on {validation} of its {len(ours.validation)} validation images, "
-        "so its temperature and what was chosen by them are too good to be true"
+        f"its {name} was trained on {validation} of its {len(splits.validation)} validation "
+        "images, so its temperature and what was chosen by them are too good to be true"
     )
 
 

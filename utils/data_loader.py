@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -353,6 +353,15 @@ def split(data: ImageData, tr_size: float, seed: int, protocol: str = "ils") -> 
     training = training[torch.randperm(data.train_size, generator=stream)]
     parts = training[:count], training[count:], test
     return Splits(*(part.sort().values for part in parts))
+
+
+def seen_by_teacher(teacher: Mapping, data: ImageData, splits: Splits) -> tuple[int, int]:
+    """How many validation and how many test images of these splits a teacher was trained on.
+
+    teacher: its seed, protocol and tr_size, and the splits that it was trained_on.
+    """
+    theirs = split(data, teacher["tr_size"], teacher["seed"], teacher["protocol"])
+    return splits.seen(theirs.of(teacher["trained_on"]))
 
 
 def reload(

@@ -162,7 +162,8 @@ class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.autocast(input.device.type, enabled=False):
             x = input.float()
             sums = torch.cat([x.sum(dims), x.new_full((1,), x.numel() / x.shape[1])])
-            *_, count = sums = _SumOverProcesses.apply(sums)
+            sums = _SumOverProcesses.apply(sums)
+            count = sums[-1]
             mean = sums[:-1] / count
             # Centred first: E[x²] - E[x]² would lose what is small beside the mean.
             squares = (x - mean.view(shape)).square().sum(dims)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.classifier import ImageClassifier
 from utils import checkpoint, data_loader, distributed
-from utils.data_loader import Batch, ImageData, ordered_batches
+from utils.data_loader import Batch, ImageData, Splits, ordered_batches, seen_by_teacher
 from utils.errors import InputError
 from utils.evaluate import fit_temperature
 from utils.image_files import AUTO, Streaming
@@ -102,6 +102,8 @@ class Evaluated:
     labels: dict[str, Tensor]
     temperature: float  # fitted to the validation split, here and now where that can be
     warnings: list[str]  # what is to be said of the fit
+    splits: Splits
+    seen_by_teacher: tuple[int, int]  # validation and test images that its teacher was trained on
 
     @property
     def recipe(self) -> dict:
@@ -128,6 +130,7 @@ def evaluate_checkpoint(
     those of the training.
     """
     trained = checkpoint.load(path, device)
+    teacher = trained.teacher
     data, splits = data_loader.reload(trained.data, data_dir, device, streaming)
     logits, labels = {}, {}
     held_out = ["validation", "test"] if trained.training["trained_on"] == "train" else ["test"]
@@ -147,9 +150,11 @@ def evaluate_checkpoint(
         is_student=trained.is_student,
         training=trained.training,
         data=trained.data,
-        teacher=trained.teacher,
+        teacher=teacher,
         logits=logits,
         labels=labels,
         temperature=temperature,
         warnings=[str(warning.message) for warning in caught],
+        splits=splits,
+        seen_by_teacher=seen_by_teacher(teacher, data, splits) if teacher else (0, 0),
     )

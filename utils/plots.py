@@ -213,7 +213,6 @@ def choose_all_classes(
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Drawing:
     """Writes <folder>/<name>.png and .pdf, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawing = Drawing(title, caption, folder / f"{name}.png", folder / f"{name}.pdf")
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # The font lacks, say, Chinese: it draws boxes, as it says once a letter.
@@ -461,21 +460,12 @@ def read_histories(methods: list[Method]) -> dict[Path, pd.DataFrame]:
 
 @mpl.rc_context(STYLE)
 def training_curves(methods: list[Method], histories: dict[Path, pd.DataFrame]) -> Figure:
-    methods = [m for m in methods if any(run.path in histories for run in m.runs)]
-    figure = Figure(figsize=(PAGE, 4.1 + 0.12 * len(methods)), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
-    for axes, (column, words) in zip(panels.flat, CURVES.items(), strict=True):
-        factor = 100 if column.endswith("accuracy") else 1
-        for method, run in ((m, run) for m in methods for run in m.runs if run.path in histories):
-            history = histories[run.path]
-            epochs, values = history["epoch"].to_numpy(), factor * history[column].to_numpy()
-            kept = np.flatnonzero(epochs == run.training["epoch"])
-            axes.plot(epochs, values, markevery=list(kept), **{**method.style, "linewidth": 0.9})
-        axes.set_ylabel(words)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in panels[1]:
-        axes.set_xlabel("Epoch")
-    figure.align_ylabels()
+    lines, methods = [], [m for m in methods if any(run.path in histories for run in m.runs)]
+    for method, run in ((m, run) for m in methods for run in m.runs if run.path in histories):
+        history = histories[run.path]
+        kept = np.flatnonzero(history["epoch"] == run.training["epoch"])
+        lines.append((history, {**method.style, "linewidth": 0.9, "markevery": list(kept)}))
+    figure = _curves(4.1 + 0.12 * len(methods), lines)
     _legend_below(figure, methods)
     return figure
 
@@ -483,14 +473,22 @@ def training_curves(methods: list[Method], histories: dict[Path, pd.DataFrame]) 
 @mpl.rc_context(STYLE)
 def training_curve(history: Path) -> Figure:
     """The same panels for one training. history: its history.csv."""
-    table = pd.read_csv(history)
-    figure = Figure(figsize=(PAGE, 4.1), layout="constrained")
-    for axes, (column, words) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+    return _curves(4.1, [(pd.read_csv(history), {})])
+
+
+def _curves(height: float, lines: list[tuple[pd.DataFrame, dict]]) -> Figure:
+    """A panel for each of CURVES. lines: each a history and how it is drawn."""
+    figure = Figure(figsize=(PAGE, height), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    for axes, (column, words) in zip(panels.flat, CURVES.items(), strict=True):
         factor = 100 if column.endswith("accuracy") else 1
-        axes.plot(table["epoch"], factor * table[column])
+        for history, style in lines:
+            axes.plot(history["epoch"], factor * history[column], **style)
         axes.set_ylabel(words)
-        axes.set_xlabel("Epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in panels[1]:
+        axes.set_xlabel("Epoch")
+    figure.align_ylabels()
     return figure
 
 

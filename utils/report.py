@@ -1,6 +1,6 @@
 """One page that a researcher sends to a colleague: tables, figures and each run's configuration.
 
-    write(Path("report.html"), {"Test split": markdown_or_frame}, drawings, evaluated)
+    write(Path("report.html"), {"Test split": markdown}, drawings, evaluated)
 
 The page is one file: its figures are inside it, it has no scripts, and its content security
 policy lets a browser load nothing from anywhere. It reads on a telephone and on paper. Whatever
@@ -24,8 +24,7 @@ from utils.checkpoint import write_text
 from utils.errors import InputError
 from utils.inference import Evaluated
 from utils.plots import Drawing
-
-CONFIG_BYTES = 1_000_000  # no config.json of these scripts comes near
+from utils.run_folder import read_json
 
 CSS = """
 :root { color-scheme: light; }
@@ -95,10 +94,6 @@ def write(
 </body>
 </html>
 """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
     write_text(path, page)
 
 
@@ -190,8 +185,6 @@ def _run(run: Evaluated) -> str:
 
 def _environment(config: Path) -> object:
     try:
-        if config.stat().st_size > CONFIG_BYTES or not config.is_file():
-            raise ValueError("no config.json of these scripts")
-        return json.loads(config.read_bytes())["environment"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(config)["environment"]
+    except (InputError, KeyError):
         return "unknown: no readable config.json beside the checkpoint"

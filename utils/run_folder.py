@@ -20,6 +20,10 @@ from utils.errors import InputError
 RUN_FILES = ("config.json", "metrics.json", "best.pt", "last.pt", "history.csv", "search.csv")
 
 
+def run_path(output_dir: str | Path, dataset: str, model: str, method: str, seed: int) -> Path:
+    return Path(output_dir, dataset, model, method, f"seed{seed}")
+
+
 class InUse(InputError):
     """Another process is training in the folder."""
 
@@ -96,10 +100,12 @@ def _remove_run(folder: Path) -> None:
         raise InputError(f"cannot remove the earlier run in {folder}: {error}") from None
 
 
-def read_json(path: Path, limit: int = 2**24) -> dict:
+def read_json(path: Path) -> dict:
     """What write_json wrote. Raises InputError for anything else."""
     try:
-        if path.stat().st_size > limit:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")  # to read a pipe would never end
+        if path.stat().st_size > 2**24:
             raise ValueError("it is too large")
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):

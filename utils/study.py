@@ -42,8 +42,8 @@ from utils import arguments, tables, tracking, training
 from utils.data_loader import ImageData
 from utils.errors import DivergedError, InputError
 from utils.methods import ROOT, SHARED, Range, Space, needs_teacher, student_flags
-from utils.run_folder import InUse, exclusive
-from utils.teacher import VANILLA, make_cross_entropy
+from utils.run_folder import InUse, exclusive, run_path
+from utils.teacher import VANILLA, make_cross_entropy, student_method
 from utils.tracking import Tracker
 from utils.training import (
     Method,
@@ -168,8 +168,7 @@ class Search:
         return self._folder_in(place) / "candidates"
 
     def _folder_in(self, place: str) -> Path:
-        model, method = self.options.model, self.method.name
-        return Path(place, self.data.name, model, method, f"seed{self.seed}")
+        return run_path(place, self.data.name, self.options.model, self.method.name, self.seed)
 
     @property
     def name(self) -> str:
@@ -584,9 +583,9 @@ def find_students(searches: list[Search], options: argparse.Namespace) -> list[P
     """Those that were distilled from what was selected."""
     place, model = Path(options.output_dir, options.dataset), options.model
     names = [
-        f"distilled-{model}-{search.method.name}{scaled}/seed{search.seed}"
+        f"{student_method(model, search.method.name, scaled)}/seed{search.seed}"
         for search in searches
-        for scaled in ("", "-scaled")
+        for scaled in (False, True)
     ]
     finished = (path for name in names for path in place.glob(f"**/{name}/metrics.json"))
     return [path.with_name("best.pt") for path in finished]

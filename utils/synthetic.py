@@ -181,15 +181,12 @@ def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
     trained = summary["method"] != BAYES
     for name, column in SHOWN.items():
         values = (column.factor * summary[f"{name}_mean"]).round(column.digits)
-        spreads = column.factor * summary[f"{name}_std"]
-        best = getattr(values[trained], column.best)()
+        best = trained & (values == getattr(values[trained], column.best)())
         cells[column.heading] = [
-            Measured(
-                f"{value:.{column.digits}f}",
-                f" ± {spread:.{column.digits}f}",
-                bool(is_trained and value == best),
+            Measured(column.text(mean), f" ± {column.text(std)}", is_best)
+            for mean, std, is_best in zip(
+                summary[f"{name}_mean"], summary[f"{name}_std"], best, strict=True
             )
-            for value, spread, is_trained in zip(values, spreads, trained, strict=True)
         ]
     cells["Published accuracy %, log loss, ECE, class-wise ECE"] = summary["published"]
     return cells
@@ -228,7 +225,7 @@ def comparison_cells(compared: pd.DataFrame) -> pd.DataFrame:
     for name in ("accuracy", "log_loss", "ece", "true_calibration_error", "divergence"):
         column = SHOWN[name]
         difference, low, high = (
-            (column.factor * compared[name + end]).map(f"{{:+.{column.digits}f}}".format)
+            compared[name + end].map(lambda value, column=column: column.text(value, "+"))
             for end in ("", "_low", "_high")
         )
         cells[f"Δ {column.heading}"] = list(

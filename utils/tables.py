@@ -42,6 +42,9 @@ class Shown(NamedTuple):
     best: str | None = None  # "max" or "min": the best of each data set and network is bold
     factor: int = 1
 
+    def text(self, value: float, sign: str = "") -> str:
+        return f"{self.factor * value:{sign}.{self.digits}f}"
+
 
 # Columns of the tables, by the name in the summary.
 ECE = "ECE ({} bins)"
@@ -107,6 +110,14 @@ def differences(rows: pd.DataFrame) -> pd.Series:
     return said
 
 
+def with_differences(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tidy rows in whose `training` and `student_setting` runs of other recipes are told apart."""
+    extra = differences(rows)
+    return rows.assign(
+        training=rows["training"] + extra, student_setting=rows["student_setting"] + extra
+    )
+
+
 def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     """The test rows of networks, each beside the students that were distilled from it.
 
@@ -117,10 +128,6 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     is "" without one. A student whose teacher is not among the rows stands as a network of its own.
     """
     test = rows[rows["split"] == "test"]
-    extra = differences(test)
-    test = test.assign(
-        training=test["training"] + extra, student_setting=test["student_setting"] + extra
-    )
     is_student = test["teacher"].isin(test["weights"])
     students = test[is_student & (test["scaling"] == "no")]
     students = students.assign(student=students["model"] + students["student_setting"])
@@ -238,15 +245,12 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
 
 
 def _measured(column: Shown, row: pd.Series, name: str, best: bool) -> Measured:
-    def text(value: float) -> str:
-        return f"{column.factor * value:.{column.digits}f}"
-
     if pd.isna(row[f"{name}_mean"]):
         return Measured("")
-    spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {text(row[f'{name}_std'])}"
+    spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {column.text(row[f'{name}_std'])}"
     if not pd.isna(row.get(f"{name}_low", np.nan)):
-        spread += f" [{text(row[f'{name}_low'])}, {text(row[f'{name}_high'])}]"
-    return Measured(text(row[f"{name}_mean"]), spread, best)
+        spread += f" [{column.text(row[f'{name}_low'])}, {column.text(row[f'{name}_high'])}]"
+    return Measured(column.text(row[f"{name}_mean"]), spread, best)
 
 
 def comparison_cells(compared: pd.DataFrame, ece_bins: int) -> pd.DataFrame:
@@ -259,17 +263,14 @@ def comparison_cells(compared: pd.DataFrame, ece_bins: int) -> pd.DataFrame:
         row: dict = dict(zip(headings, map(str, key), strict=True))
         for values in group.itertuples():
             column = COMPARED[values.metric]
-
-            def text(value: float, column=column) -> str:
-                return f"{column.factor * value:+.{column.digits}f}"
-
             spread = ""
             if not pd.isna(values.low):
-                spread += f" [{text(values.low)}, {text(values.high)}]"
+                spread += f" [{column.text(values.low, '+')}, {column.text(values.high, '+')}]"
             if not pd.isna(values.p_value):
                 small = values.p_value < 0.001
                 spread += " p < 0.001" if small else f" p = {values.p_value:.3f}"
-            row[column.heading.format(ece_bins)] = Measured(text(values.difference), spread)
+            difference = column.text(values.difference, "+")
+            row[column.heading.format(ece_bins)] = Measured(difference, spread)
         table.append(row)
     return pd.DataFrame(table)
 

@@ -4,9 +4,9 @@ import argparse
 import sys
 from dataclasses import replace
 
-from utils import checkpoint, data_loader
+from utils import checkpoint
 from utils.checkpoint import Checkpoint
-from utils.data_loader import ImageData, Splits
+from utils.data_loader import ImageData, Splits, seen_by_teacher
 from utils.errors import InputError
 from utils.losses import cross_entropy_loss
 from utils.training import Trial, train_trial
@@ -74,21 +74,26 @@ def check_teacher(teacher: Checkpoint, data: ImageData) -> None:
             )
 
 
+def student_method(teacher_model: str, teacher_method: str, scaled: bool) -> str:
+    """The method of a student, as its folder is named."""
+    return f"distilled-{teacher_model}-{teacher_method}" + "-scaled" * scaled
+
+
 def check_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:
     """Raises InputError if the teacher was trained on images that test its student.
 
     Of images that validate it a warning is enough.
     """
-    there = teacher.data
-    theirs = data_loader.split(data, there["tr_size"], there["seed"], there["protocol"])
-    validation, test = splits.seen(theirs.of(teacher.training["trained_on"]))
+    trained_on = teacher.training["trained_on"]
+    there = {**teacher.data, "trained_on": trained_on}
+    validation, test = seen_by_teacher(there, data, splits)
     if test:
         raise InputError(
             f"the teacher {teacher.path} was trained on {test} of the {len(splits.test)} test "
             "images of this run; a teacher of the same seed, --tr_size and --protocol would do"
         )
     if validation:
-        if teacher.training["trained_on"] == "train":
+        if trained_on == "train":
             instead = "the teacher's own seed and --tr_size avoid this"
         else:
             instead = "that in its folder selection has not seen them"

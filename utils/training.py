@@ -110,7 +110,8 @@ class Trial:
         }
 
     def folder(self, method: str) -> Path:
-        return self.output_dir / self.data.name / self.model_name / method / f"seed{self.seed}"
+        place = self.output_dir
+        return run_folder.run_path(place, self.data.name, self.model_name, method, self.seed)
 
     def autocast(self):
         half = self.recipe["precision"] == "bfloat16"
@@ -158,14 +159,9 @@ class Method(NamedTuple):
     find_teacher: Callable | None = None
 
 
-def train_method(
-    method: str,
-    args: argparse.Namespace,
-    make_loss: Callable[..., LossFunction],
-    find_teacher: Callable | None = None,
-) -> None:
+def train_method(method: Method) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
-    args = arguments.settle(args, method, args.dataset, args.model)
+    args = arguments.settle(method.args, method.name, method.args.dataset, method.args.model)
     arguments.check_streaming(args, {args.dataset})
     args.device = distributed.start(args.device)
     data = data_loader.load(
@@ -175,9 +171,9 @@ def train_method(
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
         trial = new_trial(args, data, args.model, seed, vars(args))
-        if find_teacher:
-            trial.teacher = find_teacher(trial, args)
-        paths.append(train_trial(trial, method, requested_values(args), make_loss))
+        if method.find_teacher:
+            trial.teacher = method.find_teacher(trial, args)
+        paths.append(train_trial(trial, method.name, requested_values(args), method.make_loss))
     elsewhere = ["--output_dir", args.output_dir] if args.output_dir != "runs" else []
     print("\nNext, evaluate the checkpoint or distil it into the shallow student:")
     arguments.print_next(
@@ -300,7 +296,9 @@ def _settings(trial: Trial, method: str, requested: dict) -> dict:
 
 
 def _run_settings(trial: Trial, method: str, requested: dict) -> dict:
-    return {**_settings(trial, method, requested), "select_by": trial.select_by}
+    # One training without hyper-parameters leaves nothing to select.
+    select_by = trial.select_by if requested else None
+    return {**_settings(trial, method, requested), "select_by": select_by}
 
 
 def train_candidate(
@@ -615,12 +613,13 @@ def _check_network(trial: Trial) -> tuple[int, int]:
     """
     choose_algorithms(trial.recipe, trial.device)
     processes = distributed.shard().count
-    if _steps(trial) == 0 or trial.recipe["batch_size"] < processes:
+    smallest = min(trial.recipe["batch_size"], len(trial.splits.train))
+    if smallest < processes:
         raise InputError(
             f"--batch_size {trial.recipe['batch_size']} and {len(trial.splits.train)} training "
             f"images, but {processes} processes: at least one image for each expected"
         )
-    model, smallest = new_model(trial), min(trial.recipe["batch_size"], len(trial.splits.train))
+    model = new_model(trial)
     if smallest == 1 and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
     ):
@@ -697,7 +696,7 @@ def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple
                 break
     step = (times[-1] - times[0]) / (len(times) - 1)  # without the first, which warms up
     started = time.monotonic()
-    _validate(trial, model, {})
+    _validate(trial, model, {"epoch": 1, "learning_rate": trial.recipe["lr"]})
     seconds = time.monotonic() - started
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     memory = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
@@ -759,11 +758,13 @@ def _restore(path: Path, trial: Trial, model, optimizer, schedule) -> Progress:
         kept = trial.recipe["protocol"] == "ils" or progress.finished(trial.recipe)
         if progress.best_epoch and kept and not path.with_name("best.pt").exists():
             raise ValueError("no best.pt beside it")
-        # A first step, here of no length, is what gives an optimizer its memory.
+        # A first step gives an optimizer its memory. What it does to the weights is overwritten.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         memory = optimizer.state_dict()["state"]
+        if state["optimizer"].keys() != memory.keys():
+            raise ValueError("it lacks what the optimizer remembers of each parameter")
         for index, saved in state["optimizer"].items():
             _fill(memory[index], saved)
         _fill(model.state_dict(), state["model"])
@@ -813,7 +814,7 @@ def _print_epoch(row: dict, recipe: dict, progress: Progress, seconds: float) ->
     said.append(f"{seconds:.1f} s")
     if progress.waited == 0 and recipe["protocol"] == "ils":
         said.append("best so far")
-    tqdm.write("  ".join(said))
+    print("  ".join(said), flush=True)
 
 
 def _final_metrics(trial: Trial, folder: Path) -> dict:
