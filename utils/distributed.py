@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from utils.errors import InputError
 
@@ -30,9 +31,9 @@ WHOLE = Shard()
 
 
 def shard() -> Shard:
-    if not distributed.is_initialized():
+    if not dist.is_initialized():
         return WHOLE
-    return Shard(distributed.get_rank(), distributed.get_world_size())
+    return Shard(dist.get_rank(), dist.get_world_size())
 
 
 def is_first() -> bool:
@@ -50,7 +51,7 @@ def start(device: torch.device) -> torch.device:
 
     NCCL connects GPUs, of which each process of a machine takes its own; Gloo connects CPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
         number, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -61,9 +62,9 @@ def start(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-        distributed.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device)
     else:
-        distributed.init_process_group("gloo")
+        dist.init_process_group("gloo")
     if not is_first():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, open to the end
     return device
@@ -71,21 +72,21 @@ def start(device: torch.device) -> torch.device:
 
 def end() -> None:
     """Leaves the other processes, when all is done."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wait_for_all() -> None:
     """Returns when every process has come here."""
-    if distributed.is_initialized():
-        distributed.barrier()
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def total(values: Tensor, device: torch.device) -> Tensor:
     """The sum over all processes of a float64 tensor, on the CPU."""
-    if distributed.is_initialized():
+    if dist.is_initialized():
         values = values.to(device)
-        distributed.all_reduce(values)
+        dist.all_reduce(values)
     return values.cpu()
 
 
@@ -100,7 +101,7 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     padded = rows.new_zeros(-(-count // part.count), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(part.count)]
-    distributed.all_gather(parts, padded)
+    dist.all_gather(parts, padded)
     return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 
@@ -123,7 +124,7 @@ def not_synchronised(model: nn.Module) -> set[str]:
 def over_processes(model: nn.Module) -> nn.Module:
     """The network as it is to be called in training: gradients, and the statistics of batch norm,
     are those of the whole batch. The model itself keeps its parameters and their names."""
-    if not distributed.is_initialized():
+    if not dist.is_initialized():
         return model
     if next(model.parameters()).device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -140,7 +141,7 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(context, values: Tensor) -> Tensor:
         values = values.clone()
-        distributed.all_reduce(values)
+        dist.all_reduce(values)
         return values
 
     @staticmethod

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import distributed
+import torch.distributed as dist
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -124,7 +124,7 @@ def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
         )
     if str(error).startswith("DataLoader worker"):  # by whom it was killed it says
         return f"error: {error}; fewer --workers, or 0, need less memory", 2
-    if distributed.is_initialized() and _ENDED.search(str(error)):
+    if dist.is_initialized() and _ENDED.search(str(error)):
         return (
             f"another process of this training has ended ({str(error).splitlines()[0]}); the same "
             "command goes on from the last epoch that was saved",
@@ -195,7 +195,7 @@ def run(main: Callable[[], int | None]) -> None:
     with suppress(BrokenPipeError):
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     _drop_output()
-    if distributed.is_initialized():
+    if dist.is_initialized():
         # Python would take down what Gloo's threads still hold, and they may abort (pytorch/pytorch
         # 179291); leaving the group first may wait for ever for a process that has died.
         os._exit(status)

@@ -356,20 +356,20 @@ class Search:
         method, waits = self.method, False
         while True:
             try:
-                training = train_candidate(
+                epochs = train_candidate(
                     _trial(self), method.name, values, method.make_loss, self.candidates
                 )
-                with contextlib.closing(training):
-                    return self._watch(trial, training)
+                with contextlib.closing(epochs):
+                    return self._watch(trial, epochs)
             except InUse as error:
                 if not waits:  # whoever was taken for dead may live, or not be quite dead yet
                     print(f"waiting: {error}", flush=True)
                 waits = True
                 time.sleep(1)
 
-    def _watch(self, trial: optuna.Trial, training: Iterator[Progress]) -> dict:
+    def _watch(self, trial: optuna.Trial, epochs: Iterator[Progress]) -> dict:
         reported = 0
-        for progress in training:
+        for progress in epochs:
             for row in progress.history[reported:]:
                 trial.report(row["validation_log_loss"], row["epoch"])
                 for tracker in self.trackers:
