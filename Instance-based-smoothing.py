@@ -83,8 +83,9 @@ def method(*given) -> Method:
         type=path_name,
         nargs="+",
         metavar="CHECKPOINT",
-        help="best.pt of the teacher, or several or folders, of which each seed takes that in its "
-        "seed<N> (default: the vanilla run below --output_dir)",
+        help="best.pt of the teacher of all seeds; or several, or folders that are searched for "
+        "them: each seed takes that in a folder seed<N> (default: the vanilla run below "
+        "--output_dir)",
     )
     add(
         "--variant",

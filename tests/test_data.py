@@ -256,7 +256,7 @@ def test_without_network_and_files_one_line_names_folder_and_both_ways(
 ):
     error = error_of(name, tmp_path / "nothing")
     assert str(tmp_path / "nothing") in error
-    assert "once with a network" in error
+    assert "once with internet access" in error
     assert "put the files that torchvision expects there" in error
     assert ("dataset-fashion-mnist" in error) == (name == "fashionmnist")
     assert "no network in tests" in error

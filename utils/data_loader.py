@@ -135,8 +135,8 @@ def _torchvision(class_name: str, **split_argument):
             raise InputError(
                 f"no usable {class_name} data in {data_dir.resolve()} "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); delete what is "
-                "damaged and run once with a network, or put the files that torchvision expects "
-                f"there{debian}"
+                "damaged and run once with internet access, or put the files that torchvision "
+                f"expects there{debian}"
             ) from None
         return train, test, classes
 

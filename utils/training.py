@@ -319,7 +319,8 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
     trained, rows, diverged = [], [], None
     for number, hyper_parameters in enumerate(combinations, 1):
         name = combination_name(hyper_parameters)
-        print(f"candidate {number} of {len(combinations)}: {name}", flush=True)
+        if len(combinations) > 1:
+            print(f"candidate {number} of {len(combinations)}: {name}", flush=True)
         try:
             *_, progress = train_candidate(trial, method, hyper_parameters, make_loss, place)
         except DivergedError as error:
@@ -338,7 +339,8 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
     checkpoint.write_text(folder / "search.csv", table.to_csv(index=False))
     name = combination_name(trained[chosen])
     value = table.loc[chosen, f"validation_{trial.select_by}"]
-    print(f"selected by validation {trial.select_by.replace('_', ' ')} {value:.4f}: {name}")
+    if len(combinations) > 1:
+        print(f"selected by validation {trial.select_by.replace('_', ' ')} {value:.4f}: {name}")
     if trial.recipe["protocol"] == "ils":
         for file in ("history.csv", "last.pt", "best.pt"):
             checkpoint.copy_file(place / name / file, folder / file)
