@@ -30,6 +30,7 @@ def test_a_measured_number_stands_beside_its_published_one_with_z():
         "mnist-simple-dense-lr",
         "fashionmnist-simple-dense-lr",
         "students",
+        "densenet-8-epochs",
         "densenet",
         "resnet18",
     ],
