@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Forks, files, start
+import torch
+from conftest import ROOT, Forks, files, run_here, start
 
+from models import MODELS
 from utils import checkpoint
 
 FAST = ("--model", "shallownet", "--batch_size", 128, "--save_every", 0.0005)
@@ -388,6 +390,20 @@ def test_a_state_without_the_optimizers_memory_is_refused(forks, tmp_path):
     checkpoint.update(folder / "last.pt", optimizer={})
     said = forks.run(*command, status=2)
     assert "last.pt is damaged (ValueError: it lacks what the optimizer remembers" in said
+
+
+def test_a_network_with_a_parameter_that_is_not_used_goes_on(monkeypatch, capsys, tmp_path):
+    def constructor(input_shape, num_classes):
+        network = MODELS["simple_dense"].constructor(input_shape, num_classes)
+        network.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+        return network
+
+    monkeypatch.setitem(MODELS, "lenet", MODELS["simple_dense"]._replace(constructor=constructor))
+    command = ("Vanilla-cross-entropy.py", "--model", "lenet", "--epochs", 1)
+    assert not run_here(*command, "--output_dir", tmp_path)
+    (tmp_path / "digits/lenet/vanilla/seed0/metrics.json").unlink()
+    assert not run_here(*command, "--output_dir", tmp_path)
+    assert "continued after epoch 1, step 0" in capsys.readouterr().out
 
 
 def test_a_second_process_disturbs_nothing_and_a_dead_ones_lock_is_no_obstacle(
