@@ -251,6 +251,10 @@ def test_an_unknown_method_to_compare_with(evaluate, runs, tmp_path):
             lambda content: content["training"].update(temperature_fitted_on="test"),
             "its temperature was fitted on the test split",
         ),
+        (
+            lambda content: content["training"].update(select_by=torch.tensor(1.0)),
+            "training.select_by is tensor(1.), a name expected",
+        ),
         (lambda content: content["data"].update(fingerprint="0" * 64), "are not those"),
         (lambda content: content["data"]["splits"].update(test="0" * 64), "splits of digits"),
         # Finite weights whose logits are not.
