@@ -87,7 +87,7 @@ densenet-8-epochs: $(VENV)/installed
 	for variant in scores ils2; do \
 	  $(RUN) Instance-based-smoothing.py $(EPOCHS_8_FLAGS) --smoothing 0.05 --variant $$variant || exit; \
 	done
-	$(RUN) Network-distillation.py --teacher $(EPOCHS_8)/fashionmnist/densenet --epochs 20 \
+	$(RUN) Network-distillation.py --teacher $(EPOCHS_8)/fashionmnist/densenet --epochs 30 \
 	  --schedule cosine --output_dir $(EPOCHS_8)
 	$(EVALUATE) $(EPOCHS_8)/fashionmnist $(GARMENTS) --output_dir results/fashionmnist-$@
 
