@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from conftest import run, same_bits, start
 
+from utils.losses import VARIANTS
+
 pytestmark = pytest.mark.cuda
 
 DEVICE = "cuda"
@@ -37,6 +39,26 @@ def test_train_distil_and_evaluate(tmp_path):
         assert row["accuracy"] > 0.5  # of ten classes
     config = json.loads((tmp_path / "runs/digits/resnet18/vanilla/seed0/config.json").read_text())
     assert config["settings"]["recipe"]["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("Label-smoothing.py", ()),
+        ("Label-relaxation.py", ()),
+        ("Focal-loss.py", ()),
+        ("Confidence-penalty.py", ()),
+        *(("Instance-based-smoothing.py", ("--variant", name)) for name in VARIANTS),
+    ],
+)
+def test_every_loss_learns(script, flags, tmp_path):
+    """Of cropped images, so a teacher sees each batch; by deterministic algorithms alone."""
+    flags = (*flags, "--model", "shallownet", "--batch_size", 64, "--device", DEVICE)
+    flags = (*flags, "--augment", "crop", "--deterministic")
+    flags = (*flags, "--epochs", 10, "--optimizer", "adam", "--lr", 0.003)
+    run(script, *flags, "--output_dir", tmp_path)
+    (path,) = (p for p in tmp_path.rglob("metrics.json") if "vanilla" not in p.parts)
+    assert json.loads(path.read_text())["test"]["unscaled"]["accuracy"] > 0.5  # of ten classes
 
 
 def test_deterministic_runs_give_the_same_bits_also_when_stopped(tmp_path):
