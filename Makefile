@@ -93,12 +93,12 @@ densenet-8-epochs: $(VENV)/installed
 
 # The whole row and its like; these two need a GPU.
 densenet: $(VENV)/installed-dev
-	$(STUDY) $(FASHION) --model densenet --methods $(ILS_README) --distil shallownet \
-	  --output_dir runs/densenet
+	$(STUDY) $(FASHION) --model densenet --device cuda --methods $(ILS_README) \
+	  --distil shallownet --output_dir runs/densenet
 	$(EVALUATE) runs/densenet/fashionmnist $(GARMENTS) --output_dir results/fashionmnist-densenet
 
 resnet18: $(VENV)/installed-dev
-	$(STUDY) $(FASHION) --model resnet18 --output_dir runs/resnet18
+	$(STUDY) $(FASHION) --model resnet18 --device cuda --output_dir runs/resnet18
 	$(EVALUATE) runs/resnet18/fashionmnist $(GARMENTS) --output_dir results/fashionmnist-resnet18
 
 # A stamp for each set of requirements: installed once, and again when the file changes.

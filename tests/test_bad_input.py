@@ -64,6 +64,8 @@ def refuses(refused, tmp_path):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
@@ -76,6 +78,17 @@ def test_memory_that_is_short_is_said_in_one_line(error, refused, monkeypatch, t
     said = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
     first, *_ = str(error).splitlines()
     assert f"error: {first}; smaller batches (--batch_size) or images" in said
+
+
+def test_a_gpu_that_is_too_old_is_said_in_one_line(refused, monkeypatch, tmp_path):
+    def check(*_):
+        first = "CUDA error: no kernel image is available for execution on the device"
+        raise torch.AcceleratorError(f"{first}\nSearch for `cudaErrorNoKernelImageForDevice'")
+
+    monkeypatch.setattr(training, "_check_network", check)
+    said = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
+    assert "error: CUDA error: no kernel image is available" in said
+    assert "device; a PyTorch made for this GPU, or --device cpu, would do" in said
 
 
 def test_a_network_that_cannot_be_compiled_leaves_nothing(refuses, monkeypatch):

@@ -61,8 +61,11 @@ def test_every_loss_learns(script, flags, tmp_path):
     assert json.loads(path.read_text())["test"]["unscaled"]["accuracy"] > 0.5  # of ten classes
 
 
-def test_deterministic_runs_give_the_same_bits_also_when_stopped(tmp_path):
-    flags = ("Vanilla-cross-entropy.py", *FLAGS, "--deterministic", "--epochs", 4)
+@pytest.mark.parametrize("optimizer", [("sgd", 0.1), ("adam", 0.001)])
+def test_deterministic_runs_give_the_same_bits_also_when_stopped(optimizer, tmp_path):
+    name, lr = optimizer
+    flags = ("Vanilla-cross-entropy.py", *FLAGS, "--optimizer", name, "--lr", lr)
+    flags = (*flags, "--deterministic", "--epochs", 4)
     best = "digits/resnet18/vanilla/seed0/best.pt"
     for name in ("one", "two"):
         run(*flags, "--output_dir", tmp_path / name)

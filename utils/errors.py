@@ -106,13 +106,16 @@ def one_line(text: str) -> str:
 
 
 # What the host, CUDA, cuBLAS and cuDNN say when memory is short.
-_NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
+_NO_MEMORY = re.compile(
+    "can't allocate memory|out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+)
 # What Gloo says of a closed connection, and NCCL of a process that has gone.
 _ENDED = re.compile("gloo|nccl.*(remote process|abort|time[d ]*out)", re.IGNORECASE | re.DOTALL)
 
 
 def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
-    """What is said, and the exit status, where memory is short or another process has ended.
+    """What is said, and the exit status, where memory is short, the GPU is one that this PyTorch
+    was not made for, or another process has ended.
 
     Raises the error again if it is of anything else.
     """
@@ -120,6 +123,12 @@ def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
         return (
             f"error: {str(error).splitlines()[0][:300]}; smaller batches (--batch_size) or images, "
             "or a smaller network, need less",
+            2,
+        )
+    if "no kernel image is available" in str(error):
+        return (
+            f"error: {str(error).splitlines()[0]}; a PyTorch made for this GPU, or --device cpu, "
+            "would do",
             2,
         )
     if str(error).startswith("DataLoader worker"):  # by whom it was killed it says

@@ -35,6 +35,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import sqlalchemy
+import torch
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
@@ -595,6 +596,7 @@ def run_script(name: str, options: argparse.Namespace, *arguments) -> None:
     given = {key: getattr(options, key) for key in SHARED}
     flags = [word for key in SHARED if given[key] is not None for word in (f"--{key}", given[key])]
     command = [sys.executable, ROOT / name, *arguments, *flags]
+    torch.cuda.empty_cache()  # what this process has used and keeps, the script may need
     status = subprocess.run([*map(str, command)]).returncode
     if status:
         raise InputError(f"{name} ended with status {status}; its last line says why")

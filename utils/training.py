@@ -325,7 +325,7 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
             *_, progress = train_candidate(trial, method, hyper_parameters, make_loss, place)
         except DivergedError as error:
             print(f"diverged: {error}", flush=True)
-            diverged = error
+            diverged = error.with_traceback(None)  # which would keep its network in memory
             continue
         kept = progress.history[progress.best_epoch - 1]
         measures = {key: value for key, value in kept.items() if key.startswith("validation_")}
