@@ -216,17 +216,19 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
     """
     if shown is STUDENTS:
         summary = summary[summary["student"] != ""]
+    taught = summary["student"] != ""
+    fewer_taught = (summary["student_seeds"] != summary["seeds"])[taught].any()
+    teachers = "Teacher seeds" if shown is STUDENTS and fewer_taught else "Seeds"
     cells = pd.DataFrame(
         {
             "Data set": summary["dataset"],
             "Teacher" if shown is STUDENTS else "Network": summary["model"],
             "Training": summary["training"],
             "Temp. scaling": summary["scaling"],
-            "Seeds": summary["seeds"].astype(str),
+            teachers: summary["seeds"].astype(str),
         }
     )
-    taught = summary["student"] != ""
-    if (summary["student_seeds"] != summary["seeds"])[taught].any():
+    if fewer_taught:
         cells["Student seeds"] = summary["student_seeds"].astype(str)
     if summary["student"].nunique() > 1 + ("" in set(summary["student"])) or shown is STUDENTS:
         cells["Student"] = summary["student"]
