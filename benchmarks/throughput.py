@@ -143,7 +143,7 @@ def resident_step(case: Case):
         with trial.autocast():
             logits = network(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 

@@ -227,13 +227,31 @@ def test_one_seed_is_tested_over_its_images():
     assert math.isnan(found.loc["ece", "p_value"])
     bootstrap = Bootstrap(samples, BINS, 200)
     found = comparison.compare(rows, "vanilla", samples, bootstrap).set_index("metric")
-    assert (found["interval"] == "bootstrap over images and seeds").all()
+    assert (found["interval"] == "bootstrap over images").all()
     assert found.loc["ece", "low"] < found.loc["ece", "high"]
     assert found.loc["log_loss", "p_value"] == pytest.approx(t_test.pvalue)
     # The bootstrap and t agree about a mean of 300 images.
     low, high = t_test.confidence_interval()
     assert found.loc["log_loss", "low"] == pytest.approx(low, abs=0.3 * (high - low))
     assert found.loc["log_loss", "high"] == pytest.approx(high, abs=0.3 * (high - low))
+
+
+def test_several_networks_of_one_seed_are_tested_as_their_mean():
+    a, b, c = (per_image(*network(seed, strength=s)) for seed, s in ((4, 2.0), (5, 1.2), (6, 0.4)))
+    names = "vanilla", "focal a", "focal b"
+    samples = {(name, "no"): (HASH, one) for name, one in zip(names, (a, b, c), strict=True)}
+    rows = table({"vanilla": {0: a.correct.mean()}, "focal": {0: b.correct.mean()}})
+    rows["weights"] = ["vanilla", "focal a"]
+    other = rows[1:].assign(weights="focal b", accuracy=c.correct.mean())
+    for order in ([rows, other], [other, rows]):
+        found = comparison.compare(pd.concat(order), "vanilla", samples).set_index("metric")
+        for metric, name in (("accuracy", "correct"), ("log_loss", "log_loss")):
+            ours = (getattr(b, name) + getattr(c, name)) / 2
+            t_test = stats.ttest_rel(ours, getattr(a, name))
+            assert found.loc[metric, "test"] == "paired t over images"
+            assert found.loc[metric, "p_value"] == pytest.approx(t_test.pvalue)
+        found = found.loc["accuracy"]
+        assert found["low"] < found["difference"] < found["high"]
 
 
 def test_mcnemar_by_hand():

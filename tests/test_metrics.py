@@ -223,7 +223,7 @@ def test_ties_do_not_depend_on_the_order_of_rows():
     """Saturated float16 logits: hundreds of rows share a confidence, 1.0 among them."""
     logits, labels = sample(1000, 4, spread=30.0, temperature=20.0)
     logits = (logits / 8).round().half() * 8
-    confidence, correct = evaluate._top_label(logits, labels)
+    confidence, correct = evaluate.top_label(logits, labels)
     assert len(confidence.unique()) < 200
     assert 0 < correct[confidence == 1].double().mean() < 1
     before = all_metrics(logits, labels)
@@ -256,11 +256,11 @@ def test_half_lies_below_its_edge():
 
 def test_every_edge_belongs_to_the_bin_below():
     for bins in range(1, 60):
-        edges = evaluate._edges(bins)
+        edges = evaluate.bin_edges(bins)
         assert edges.tolist() == [k / bins for k in range(bins + 1)]
-        on_edges = evaluate._bin_index(edges, edges)
+        on_edges = evaluate.bin_index(edges, edges)
         assert on_edges.tolist() == [0, *range(bins)]
-        just_above = evaluate._bin_index(torch.nextafter(edges[:-1], torch.tensor(2.0)), edges)
+        just_above = evaluate.bin_index(torch.nextafter(edges[:-1], torch.tensor(2.0)), edges)
         assert just_above.tolist() == list(range(bins))
 
 

@@ -26,6 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.evaluate import bin_edges, bin_index, top_label
 from utils.inference import Evaluated
 
 METRICS = ("accuracy", "log_loss", "brier", "ece")  # what is resampled and compared
@@ -110,18 +111,12 @@ class PerImage(NamedTuple):
 def per_image(logits: Tensor, labels: Tensor) -> PerImage:
     """logits (N, K), of any float type; labels (N,) in [0, K)."""
     z = logits.double()
-    largest, prediction = z.max(1, keepdim=True)
-    z = z - largest
-    p = z.exp()
-    normaliser = p.sum(1, keepdim=True)
-    label = labels[:, None]
-    log_loss = normaliser.log() - z.gather(1, label)
-    p = p / normaliser - F.one_hot(labels, p.shape[1])
+    confidence, correct = top_label(z, labels)
     return PerImage(
-        (prediction == label).double().squeeze(1).numpy(),
-        log_loss.squeeze(1).numpy(),
-        p.square().sum(1).numpy(),
-        (1 / normaliser).squeeze(1).numpy(),
+        correct.double().numpy(),
+        F.cross_entropy(z, labels, reduction="none").numpy(),
+        (z.softmax(1) - F.one_hot(labels, z.shape[1])).square().sum(1).numpy(),
+        confidence.numpy(),
     )
 
 
@@ -186,10 +181,9 @@ def _multiplicities(generator: np.random.Generator, replicates: int, count: int)
 def _weighted(weights: np.ndarray, images: PerImage, bins: int) -> np.ndarray:
     """METRICS, (replicates, 4), of images that count as often as weights (replicates, N) say."""
     count = len(images.correct)
-    # (lo, hi], as in utils/evaluate.py
-    bin_index = np.searchsorted(np.arange(1, bins) / bins, images.confidence, side="left")
+    index = bin_index(torch.from_numpy(images.confidence), bin_edges(bins)).numpy()
     gaps = np.zeros((count, bins))
-    gaps[np.arange(count), bin_index] = images.correct - images.confidence
+    gaps[np.arange(count), index] = images.correct - images.confidence
     means = weights @ np.column_stack([images.correct, images.log_loss, images.brier, gaps]) / count
     return np.column_stack([means[:, :3], np.abs(means[:, 3:]).sum(1)])
 
@@ -241,8 +235,9 @@ def compare(
     freedom). With a bootstrap the interval is its percentiles, of images and seeds.
 
     One seed: the exact McNemar test for accuracy (binomial, on the images that only one of the two
-    gets right), a paired t-test over images for log loss and Brier score. They speak of these two
-    networks, not of their methods. ECE is no mean over images: it has neither, unless by bootstrap.
+    gets right; of several networks on a side the paired t-test), a paired t-test over images for
+    log loss and Brier score. They speak of these networks, not of their methods. ECE is no mean
+    over images: it has neither, unless by bootstrap.
 
     What does not vary (all differences equal) has no test: NaN.
     """
@@ -270,15 +265,12 @@ def compare(
                 if len(seeds) > 1:
                     result = _paired_t(a, b, "seeds")
                 else:
-                    images = [samples[side[seeds[0]][0]][1] for side in runs]
+                    images = [[samples[run][1] for run in side[seeds[0]]] for side in runs]
                     result = _over_images(metric, *images)
                 if bootstrap:
                     low, high = resampled[metric]
-                    result = result | {
-                        "low": low,
-                        "high": high,
-                        "interval": "bootstrap over images and seeds",
-                    }
+                    over = "images and seeds" if len(seeds) > 1 else "images"
+                    result |= {"low": low, "high": high, "interval": f"bootstrap over {over}"}
                 compared.append(
                     {
                         **about,
@@ -349,13 +341,16 @@ def _paired_t(a: np.ndarray, b: np.ndarray, over: str) -> dict:
     }
 
 
-def _over_images(metric: str, ours: PerImage, theirs: PerImage) -> dict:
+def _over_images(metric: str, *sides: Sequence[PerImage]) -> dict:
+    """sides: the networks of one seed, ours and theirs; several of them count as their mean."""
     if metric == "ece":
         return NO_TEST
-    if metric != "accuracy":
-        return _paired_t(getattr(ours, metric), getattr(theirs, metric), "images")
-    result = _paired_t(ours.correct, theirs.correct, "images")
-    return result | {"p_value": mcnemar(ours.correct, theirs.correct), "test": "exact McNemar"}
+    name = "correct" if metric == "accuracy" else metric
+    ours, theirs = (np.mean([getattr(images, name) for images in side], axis=0) for side in sides)
+    result = _paired_t(ours, theirs, "images")
+    if metric == "accuracy" and all(len(side) == 1 for side in sides):
+        result = result | {"p_value": mcnemar(ours, theirs), "test": "exact McNemar"}
+    return result
 
 
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:

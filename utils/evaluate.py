@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -115,8 +116,8 @@ class CalibrationBins(NamedTuple):
 
 def calibration_bins(logits: Array, labels: Array, bins: int = 10) -> CalibrationBins:
     """Top-label confidence and accuracy in `bins` equal-width bins (rule: top of this file)."""
-    edges = _edges(bins)
-    return _calibration_bins(*_top_label(logits, labels), edges)
+    edges = bin_edges(bins)
+    return _calibration_bins(*top_label(logits, labels), edges)
 
 
 def expected_calibration_error(logits: Array, labels: Array, bins: int = 10) -> float:
@@ -130,8 +131,8 @@ def expected_calibration_error(logits: Array, labels: Array, bins: int = 10) -> 
 
 def expected_calibration_errors(logits: Array, labels: Array, bins: Sequence[int]) -> list[float]:
     """expected_calibration_error for each of several numbers of bins, from one softmax."""
-    top_label = _top_label(logits, labels)
-    return [_ece(_calibration_bins(*top_label, _edges(number))) for number in bins]
+    top = top_label(logits, labels)
+    return [_ece(_calibration_bins(*top, bin_edges(number))) for number in bins]
 
 
 def maximum_calibration_error(logits: Array, labels: Array, bins: int = 10) -> float:
@@ -158,7 +159,7 @@ def classwise_calibration_error(logits: Array, labels: Array, bins: int = 10) ->
     with the equal-width rule, then averaged over all K classes, also those no label names. 0 is
     best. Most p_k of many classes are near 0, so values are small: compare at equal K only.
     """
-    edges = _edges(bins)
+    edges = bin_edges(bins)
     excess = sum(
         _classwise_excess(_softmax(z)[0], y, edges) for _, z, y, _ in _chunks(logits, labels)
     )
@@ -174,7 +175,7 @@ def adaptive_calibration_error(logits: Array, labels: Array, bins: int = 10) -> 
     those of Nixon et al. 2019; their ACE takes all classes, and this the top label like ECE.
     """
     _check_integer("bins", bins, least=1)
-    return _adaptive(*_by_confidence(*_top_label(logits, labels)), bins)
+    return _adaptive(*_by_confidence(*top_label(logits, labels)), bins)
 
 
 def kolmogorov_smirnov_calibration_error(logits: Array, labels: Array) -> float:
@@ -183,7 +184,7 @@ def kolmogorov_smirnov_calibration_error(logits: Array, labels: Array) -> float:
     Gupta et al. 2021, section 3, for the top label: the largest gap between the cumulative
     accuracy and the cumulative confidence. Needs no bins. 0 is best.
     """
-    return _ks(*_by_confidence(*_top_label(logits, labels)))
+    return _ks(*_by_confidence(*top_label(logits, labels)))
 
 
 def area_under_risk_coverage(logits: Array, labels: Array) -> float:
@@ -192,7 +193,7 @@ def area_under_risk_coverage(logits: Array, labels: Array) -> float:
     The risk-coverage curve of Geifman and El-Yaniv 2017 with zero-one risk, averaged over the
     coverages 1/N, 2/N, ..., 1. Judges the order of the confidences, not their values.
     """
-    return _aurc(*_by_confidence(*_top_label(logits, labels)))
+    return _aurc(*_by_confidence(*top_label(logits, labels)))
 
 
 def calibrated_ece_by_chance(
@@ -207,9 +208,9 @@ def calibrated_ece_by_chance(
     """
     _check_integer("draws", draws, least=1)
     _check_integer("seed", seed, least=0)
-    edges = _edges(bins)
-    confidence, _ = _top_label(logits, _no_labels(logits))
-    index = _bin_index(confidence, edges)
+    edges = bin_edges(bins)
+    confidence, _ = top_label(logits, _no_labels(logits))
+    index = bin_index(confidence, edges)
     expected = torch.bincount(index, confidence, minlength=bins)
     generator = torch.Generator().manual_seed(int(seed))
     total = 0.0
@@ -232,7 +233,7 @@ def true_calibration_error(logits: Array, posterior: Array, bins: int = 10) -> f
     average over all images of about this confidence: E |P(correct | c) - c|, the true calibration
     error of Roelofs et al., Mitigating Bias in Calibration Error Estimation, AISTATS 2022.
     """
-    return _ece(_calibration_bins(*_top_label_truth(logits, posterior), _edges(bins)))
+    return _ece(_calibration_bins(*_top_label_truth(logits, posterior), bin_edges(bins)))
 
 
 def pointwise_calibration_error(logits: Array, posterior: Array) -> float:
@@ -254,9 +255,7 @@ def divergence_from_truth(logits: Array, posterior: Array) -> float:
     posterior = _checked_posterior(posterior, logits)
     total = 0.0
     for rows, z, _, _ in _chunks(logits, _no_labels(logits)):
-        log_p = z - z.exp().sum(1, keepdim=True).log()
-        truth = posterior[rows]
-        total += float((torch.xlogy(truth, truth) - truth * log_p).sum())
+        total += float(F.kl_div(z.log_softmax(1), posterior[rows], reduction="sum"))
     return max(0.0, total / len(logits))  # rounding may leave -1e-17
 
 
@@ -269,7 +268,7 @@ def all_metrics(logits: Array, labels: Array, bins: int = 10) -> dict[str, float
     accuracy, top5_accuracy (only if K > 5), log_loss, brier, ece, classwise_ece, adaptive_ece,
     mce, rmsce, ks, aurc. Each equals the function of the full name with these arguments.
     """
-    edges = _edges(bins)
+    edges = bin_edges(bins)
     logits = _checked_logits(logits)
     confidence = torch.empty(len(logits), dtype=torch.float64)
     correct = torch.empty(len(logits), dtype=torch.bool)
@@ -462,7 +461,7 @@ def _brier(p: Tensor, y: Tensor) -> float:
 def _classwise_excess(p: Tensor, y: Tensor, edges: Tensor) -> Tensor:
     """(K, bins): in each bin of each class, the sum of p_k less the number of labels k."""
     classes, bins = p.shape[1], len(edges) - 1
-    cell = _bin_index(p, edges) + bins * torch.arange(classes)
+    cell = bin_index(p, edges) + bins * torch.arange(classes)
     predicted = torch.bincount(cell.view(-1), p.view(-1), minlength=classes * bins)
     observed = torch.bincount(cell.gather(1, y[:, None]).squeeze(1), minlength=classes * bins)
     return (predicted - observed).view(classes, bins)
@@ -471,7 +470,7 @@ def _classwise_excess(p: Tensor, y: Tensor, edges: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ for all rows
 
 
-def _top_label(logits: Array, labels: Array) -> tuple[Tensor, Tensor]:
+def top_label(logits: Array, labels: Array) -> tuple[Tensor, Tensor]:
     """Confidence (N,), float64, and whether the prediction is right (N,), bool."""
     logits = _checked_logits(logits)
     # Filled in place: small tensors kept from each chunk would break up the memory that the
@@ -486,25 +485,27 @@ def _top_label(logits: Array, labels: Array) -> tuple[Tensor, Tensor]:
 def _top_label_truth(logits: Array, posterior: Array) -> tuple[Tensor, Tensor]:
     """Confidence and true probability of the prediction, each (N,), float64."""
     posterior = _checked_posterior(posterior, logits)
-    confidence, _ = _top_label(logits, _no_labels(logits))
+    confidence, _ = top_label(logits, _no_labels(logits))
     prediction = torch.cat([z.max(1).indices for _, z, _, _ in _chunks(logits, _no_labels(logits))])
     return confidence, posterior.gather(1, prediction[:, None]).squeeze(1)
 
 
-def _edges(bins: int) -> Tensor:
+def bin_edges(bins: int) -> Tensor:
+    """(bins + 1,), float64: 0, 1/bins, ..., 1. Raises ValueError unless bins is at least 1."""
     _check_integer("bins", bins, least=1)
     # A division rounds k/bins to the nearest float64, just as 1 / normaliser does: a confidence
     # that is k/bins on paper and exact in float64 meets its edge exactly. linspace may not.
     return torch.arange(bins + 1, dtype=torch.float64) / bins
 
 
-def _bin_index(confidence: Tensor, edges: Tensor) -> Tensor:
+def bin_index(confidence: Tensor, edges: Tensor) -> Tensor:
+    """The bin (lo, hi] of each confidence, counted from 0."""
     # Inner edges only: then 0 falls into the first bin and 1 into the last with no special case.
     return torch.bucketize(confidence, edges[1:-1], right=False)
 
 
 def _calibration_bins(confidence: Tensor, correct: Tensor, edges: Tensor) -> CalibrationBins:
-    index, bins = _bin_index(confidence, edges), len(edges) - 1
+    index, bins = bin_index(confidence, edges), len(edges) - 1
     count = torch.bincount(index, minlength=bins).double()
     return CalibrationBins(
         edges,

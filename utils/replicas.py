@@ -143,7 +143,7 @@ def train(
         # The sum over replicas, as the gradient of each is then that of its own mean.
         losses.unflatten(0, training.labels.shape).mean(1).sum().backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         loss = log_losses(networks, validation)
         better = loss < best_loss[still]

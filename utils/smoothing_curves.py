@@ -23,17 +23,21 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from sklearn.metrics import r2_score
 from torch import Tensor
 from tqdm import tqdm
 
 from utils import synthetic
 from utils.checkpoint import write_text
 from utils.evaluate import divergence_from_truth
-from utils.losses import cross_entropy_loss, instance_based_smoothing_loss
+from utils.losses import (
+    cross_entropy_loss,
+    instance_based_smoothing_loss,
+    instance_based_targets,
+)
 from utils.plots import COLOURS, PAGE, STYLE, Drawing, save
 from utils.replicas import Candidate, Replicas, Samples, Trained, train
 
-RECONSTRUCTED = {"shift": 0.8, "slope": 2.0, "cap": 0.2}  # the defaults of the losses
 JUDGES = ("validation log loss", "divergence from the truth")  # of the trained factor
 RESAMPLES = 1000  # of the replicas, for the intervals of the trained factor
 
@@ -150,13 +154,10 @@ def fit(curve: pd.DataFrame) -> dict[str, float]:
     P2·(q - P1)² + least is the parabola; the r2 are the shares of the variation explained.
     """
     q, factor, weight = (curve[name] for name in ("teacher_probability", "factor", "points"))
-    mean = np.average(factor, weights=weight)
-    total = np.average((factor - mean) ** 2, weights=weight)
     result = {}
     for name, degree in (("line", 1), ("parabola", 2)):
         terms = np.polyfit(q, factor, degree, w=np.sqrt(weight))
-        rest = np.average((factor - np.polyval(terms, q)) ** 2, weights=weight)
-        result[f"{name}_r2"] = 1 - rest / total
+        result[f"{name}_r2"] = r2_score(factor, np.polyval(terms, q), sample_weight=weight)
     shift = -terms[1] / (2 * terms[0])
     return result | {"P1": shift, "P2": terms[0], "least": np.polyval(terms, shift)}
 
@@ -218,12 +219,13 @@ def draw(curves: dict[str, pd.DataFrame], fits: dict[str, dict[str, float]]) -> 
     figure = Figure(figsize=(PAGE, 3.0), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     q = np.linspace(0, 1, 201)
-    shift, slope, cap = RECONSTRUCTED.values()
+    teacher = torch.from_numpy(np.stack([q, 1 - q], axis=1)).log()
+    targets = instance_based_targets(teacher, torch.zeros(len(q), dtype=torch.long), variant="ils1")
+    reconstructed = 1 - targets[:, 0].numpy()
     marks = zip(("o", "s"), COLOURS[1:3], (-0.006, 0.006), strict=True)
     styles = dict(zip(("test points", "training points"), marks, strict=True))
     styles |= dict(zip(JUDGES, styles.values(), strict=True))
     for axes, title in zip(panels, ("Ideal factor", "Factor of the best networks"), strict=True):
-        reconstructed = np.minimum(slope * (q - shift) ** 2, cap)
         axes.plot(q, reconstructed, color="black", linewidth=1.6, label="ILS1, reconstructed")
         axes.set(title=title, xlabel="Teacher's probability of the true class", xlim=(0, 1))
         axes.set(ylim=(-0.02, 1.3), yticks=np.arange(6) / 5)  # with room for the legend

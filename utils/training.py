@@ -475,7 +475,7 @@ def fit(
                 with trial.autocast():
                     logits = network(batch.images)
                 terms = loss_function(logits, batch)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 (terms["loss"] * _weight(batch)).backward()
                 optimizer.step()
                 progress.terms.append(
@@ -688,7 +688,7 @@ def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple
         for batch in _with_bar(trial, progress):
             with trial.autocast():
                 logits = network(batch.images)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss_function(logits, batch)["loss"].backward()
             optimizer.step()
             if trial.device.type == "cuda":
