@@ -20,11 +20,18 @@ plan:  python Hyperparameter-study.py --dataset cifar10 --model resnet18 --seeds
 import sys
 from pathlib import Path
 
-from utils import arguments, data_loader
-from utils.arguments import Parser, one_of, path_name, positive_int, training_parser
+from utils.arguments import (
+    Parser,
+    non_negative_int,
+    one_of,
+    path_name,
+    positive_int,
+    training_parser,
+)
 from utils.distributed import refuse_torchrun
 from utils.errors import InputError, run
 from utils.methods import GRIDS, PRUNERS, SAMPLERS, read_methods, student_flags
+from utils.training import load_data
 
 METHODS = (
     "vanilla",
@@ -51,7 +58,7 @@ def make_parser() -> Parser:
     add(
         "--seeds",
         nargs="+",
-        type=arguments.seed,
+        type=non_negative_int,
         default=[0],
         metavar="N",
         help="each method is tuned for each of them by itself (default: 0)",
@@ -171,11 +178,7 @@ def main() -> int:
     if address.password:  # not into config.json, nor onto the screen
         sys.argv = [word.replace(args.storage, str(address)) for word in sys.argv]
 
-    arguments.check_streaming(args, {args.dataset})
-    data = data_loader.load(
-        args.dataset, args.data_dir, args.image_size, args.device, arguments.streaming(args)
-    )
-    arguments.check_classes(args, data.classes)
+    data = load_data(args)
     study.print_plan(methods, args)
     if args.dry_run:
         study.print_estimate(methods, data, args)

@@ -163,7 +163,7 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
             network = evaluate_checkpoint(path, args.data_dir, args.device, streaming(args))
             comparison.check_selection(network.training)
             networks.append(network)
-        except ValueError as error:  # InputError is one; logits that overflowed are another
+        except InputError as error:
             reason = str(error) if str(path) in str(error) else f"{path}: {error}"
             if len(paths) == 1:
                 raise InputError(reason) from None
@@ -285,7 +285,7 @@ def draw_ranks(folder: Path, ranks: pd.DataFrame) -> list[plots.Drawing]:
             f"Average rank by {metric.replace('_', ' ')}{scaled.replace('-', ', ')}, "
             f"{group['blocks'].iloc[0]} pairs of data set and network"
         )
-        figure = comparison.critical_difference_diagram(
+        figure = plots.critical_difference_diagram(
             list(group["training"]),
             list(group["average_rank"]),
             group["critical_difference"].iloc[0],

@@ -12,6 +12,7 @@ CPU:  python Network-distillation.py --teacher runs/fashionmnist/shallownet/vani
           --epochs 5
 """
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def student_trial(args, teacher) -> Trial:
         teacher.data, args.data_dir, args.device, arguments.streaming(args)
     )
     seed = teacher.training["seed"] if args.seed is None else args.seed
-    trial = new_trial(args, data, args.student, seed, teacher.data)
+    as_teacher = {name: teacher.data[name] for name in ("protocol", "tr_size", "image_size")}
+    args = argparse.Namespace(**vars(args), **as_teacher)
+    trial = new_trial(args, data, args.student, seed)
     trial.teacher = teacher
     return trial
 

@@ -18,7 +18,6 @@ at once on the CPU. What came of it: docs/synthetic.md.
 2 minutes, CPU:   python Synthetic-study.py --replicas 10 --curve_bins 0
 """
 
-import itertools
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from utils.arguments import (
 from utils.errors import run
 from utils.losses import class_average_logits, instance_based_smoothing_loss
 from utils.replicas import Candidate, Trained, search
+from utils.training import all_combinations
 
 SMOOTHINGS = [0.001, 0.005, *(x / 100 for x in range(1, 20, 2))]
 CURVE_SMOOTHINGS = [0.01, 0.03, 0.07, 0.11, 0.15, 0.19, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -49,8 +49,7 @@ def candidates(args, labels, teacher_logits, calibrated_logits) -> dict[str, lis
     """Each method's loss for every combination of its hyper-parameters, all but vanilla."""
 
     def grid(*names):
-        values = (getattr(args, name) for name in names)
-        return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+        return all_combinations({name: getattr(args, name) for name in names})
 
     def plain(loss, name):
         return [Candidate(h, partial(loss, reduction="none", **h)) for h in grid(name)]
@@ -129,7 +128,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--replicas", type=number(int, 2, 10**6), default=100, metavar="N",
         help="sampled data sets (default: %(default)s)")  # fmt: skip
-    add("--seed", type=number(int, 0, 10**9), default=0, metavar="N",
+    add("--seed", type=non_negative_int, default=0, metavar="N",
         help="of the first data set and its first weights; the others follow it, and that of 0 is "
         "the --dataset gaussians of the other scripts (default: %(default)s)")  # fmt: skip
     share = number(float, 0, 1, open_high=True)

@@ -34,7 +34,6 @@ in them.
 import contextlib
 import io
 import os
-import platform
 import runpy
 import sys
 import tempfile
@@ -86,6 +85,8 @@ class Case:
 
     def trial(self, augment: str, teacher: checkpoint.Checkpoint | None = None) -> training.Trial:
         """As a training script makes it, with one epoch's images for a round and a step before."""
+        images = (self.steps + 1) * self.batch_size
+        data = replace(self.data, train_size=images + VALIDATION)
         flags = {
             "batch_size": self.batch_size,
             "precision": self.precision,
@@ -94,15 +95,12 @@ class Case:
             "schedule": "constant",
             "epochs": 10**6,
             "estop": 0,
+            "tr_size": images / data.train_size,
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         args = arguments.training_parser("").parse_args([*words, *["--compile"] * self.compile])
         args.device = self.device
-        images = (self.steps + 1) * self.batch_size
-        data = replace(self.data, train_size=images + VALIDATION)
-        share = images / data.train_size
-        source = {"protocol": "ils", "tr_size": share, "image_size": None}
-        trial = training.new_trial(args, data, self.network, 0, source)
+        trial = training.new_trial(args, data, self.network, 0)
         trial.teacher = teacher
         return trial
 
@@ -477,17 +475,8 @@ def ready(case: Case, seconds: float) -> Case:
 
 
 def machine(device: torch.device) -> dict:
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    return {
-        "device": hardware,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-    }
+    made_by = checkpoint.environment(device)
+    return {name: made_by[name] for name in ("device", "threads", "torch", "torchvision", "python")}
 
 
 if __name__ == "__main__":

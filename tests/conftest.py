@@ -20,7 +20,6 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass
 class Finished:
-    status: int
     out: str
     err: str
 
@@ -42,7 +41,7 @@ def run(script: str, *arguments, status: int = 0) -> Finished:
     process = start(script, *arguments)
     out, err = process.communicate(timeout=900)
     assert process.returncode == status, f"{script} {arguments}: {process.returncode}\n{out}\n{err}"
-    return Finished(process.returncode, out, err)
+    return Finished(out, err)
 
 
 def run_here(script: str, *arguments) -> int | None:
@@ -84,12 +83,12 @@ def refused(capsys):
 class Forks:
     """Scripts in forks of one process. See fork_server.py for the options."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, root: Path = ROOT) -> None:
         self.log = log
         self.running: int | None = None
         self.server = subprocess.Popen(
-            [sys.executable, ROOT / "tests/fork_server.py"],
-            cwd=ROOT,
+            [sys.executable, root / "tests/fork_server.py"],
+            cwd=root,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -119,6 +118,11 @@ class Forks:
                 os.kill(self.running, signal.SIGKILL)
             self.end()
 
+    def close(self) -> None:
+        self.end_leftover()
+        self.server.stdin.close()
+        assert self.server.wait(timeout=60) == 0
+
     def run(self, script: str, *arguments, status: int = 0, **options) -> str:
         """Runs a script, checks how it ended, and returns what it said."""
         self.start(script, *arguments, **options)
@@ -140,9 +144,7 @@ class Forks:
 def forks(tmp_path_factory):
     forks = Forks(tmp_path_factory.mktemp("log") / "log")
     yield forks
-    forks.end_leftover()
-    forks.server.stdin.close()
-    assert forks.server.wait(timeout=60) == 0
+    forks.close()
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -91,7 +91,7 @@ def evaluate(capsys, tmp_path):
         ended = run_here(SCRIPT, *arguments, "--output_dir", tmp_path / "out", "--device", "cpu")
         said = capsys.readouterr()
         assert (ended or 0) == status, said.err
-        return Finished(status, said.out, said.err)
+        return Finished(said.out, said.err)
 
     return call
 

@@ -27,7 +27,7 @@ def test_epochs_do_not_grow_memory(tmp_path):
     args = training_parser("").parse_args(flags.split())
     args.device = torch.device("cpu")
     data = replace(data_loader.load("digits"), train_size=160)
-    trial = training.new_trial(args, data, args.model, 0, vars(args))
+    trial = training.new_trial(args, data, args.model, 0)
     epochs = training.fit(trial, "vanilla", {}, make_cross_entropy, tmp_path)
     resident = {}
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(epochs):
@@ -43,7 +43,7 @@ def test_a_data_set_is_uint8_and_is_not_copied():
     assert data.to(torch.device("cpu")).images.data_ptr() == data.images.data_ptr()
     args = training_parser("").parse_args(["--protocol", "lr", "--tr_size", "0.8"])
     args.device = torch.device("cpu")
-    trials = [training.new_trial(args, data, "lenet", seed, vars(args)) for seed in (0, 1)]
+    trials = [training.new_trial(args, data, "lenet", seed) for seed in (0, 1)]
     assert {trial.data.images.data_ptr() for trial in trials} == {data.images.data_ptr()}
     for batch in data_loader.ordered_batches(data, torch.arange(8), 8):
         assert batch.images.dtype == torch.uint8

@@ -513,14 +513,11 @@ def test_temperature_of_perfect_predictions_is_one_with_a_warning():
 
 
 def test_temperature_of_useless_predictions_is_the_highest():
-    logits, labels = sample(50, 3)
+    logits, _ = sample(50, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fit_temperature(logits, logits.argmin(1)) == evaluate.HIGHEST_TEMPERATURE
         assert fit_temperature(torch.tensor([[1.0, 0.0]] * 2), torch.tensor([0, 1])) == 1e6
-        p = (logits / 1e6).softmax(1)
-    assert p.numpy() == pytest.approx(1 / 3, abs=1e-4)
-    assert len(labels) == 50
 
 
 def test_temperature_of_logits_of_no_spread_is_the_lowest():
@@ -653,7 +650,6 @@ def test_arguments_are_left_as_they_were():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_gives_the_same_numbers():
     logits, labels = sample(500, 6, temperature=1.5)
     logits = logits.float()

@@ -70,7 +70,7 @@ def test_bfloat16_is_the_default_on_gpus_that_have_it(native, monkeypatch):
     args = training_parser("", "training").parse_args(["--precision", "auto"])
     args.device = torch.device("cuda")
     args = settle(args, "vanilla", "digits", "resnet18")
-    assert recipe(args, "digits", "ils", None)["precision"] == ("float32", "bfloat16")[native]
+    assert recipe(args, "digits")["precision"] == ("float32", "bfloat16")[native]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_schedule_of_ones_own_comes_without_the_published_milestones():
 
 def test_a_protocol_of_ones_own_comes_without_the_published_early_stopping():
     taken = settle(parse("vanilla", "--protocol", "lr"), "vanilla", "cifar10", "resnet18")
-    assert recipe(taken, "cifar10", taken.protocol, None)["estop"] == 0
+    assert recipe(taken, "cifar10")["estop"] == 0
     assert taken.epochs == 100
 
 
@@ -145,7 +145,8 @@ def test_a_protocol_of_ones_own_comes_without_the_published_early_stopping():
 def test_published_students_are_trained_to_the_end(protocol):
     args = training_parser("", "distillation").parse_args(["--params", "published"])
     taken = settle(args, "distillation", "cifar10", "shallownet")
-    published = recipe(taken, "cifar10", protocol, 0.8)
+    taken.protocol, taken.tr_size = protocol, 0.8
+    published = recipe(taken, "cifar10")
     assert (published["estop"], published["milestones"], published["fall"]) == (0, [100], 0.2)
 
 

@@ -204,9 +204,22 @@ def test_auto_streams_what_takes_more_than_half_of_the_memory(folder, monkeypatc
     assert isinstance(load(folder, "no", 0).images, torch.Tensor)
 
 
-def test_available_memory_is_no_more_than_there_is():
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 2**24 < image_files.available_memory(CPU) <= physical
+def test_available_memory_is_what_the_machine_has():
+    assert image_files.available_memory(CPU) > 2**24
+
+
+def test_available_memory_is_what_a_container_or_batch_job_is_allowed(tmp_path, monkeypatch):
+    group = tmp_path / "sys/fs/cgroup/job/step"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    (group / "memory.max").write_text("max\n")
+    (group.parent / "memory.max").write_text("3000000\n")
+    monkeypatch.setattr(image_files, "Path", lambda path: tmp_path / path.removeprefix("/"))
+    assert image_files.available_memory(CPU) == 3000000
+    (tmp_path / "sys/fs/cgroup/memory").mkdir()  # version 1
+    (tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes").write_text("2000000\n")
+    assert image_files.available_memory(CPU) == 2000000
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):

@@ -76,7 +76,7 @@ class Asked:
         words += ["--output_dir", folder]
         args = training_parser("").parse_args(list(map(str, words)))
         args.device = torch.device("cpu")
-        self.trial = training.new_trial(args, data, args.model, 0, vars(args))
+        self.trial = training.new_trial(args, data, args.model, 0)
         torch.manual_seed(1)
         model = build_model("simple_dense", data.input_shape, 10).eval()
         self.images = 0

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Forks
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -86,24 +86,13 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def commands(project):
     """The commands of the page and what each says, in forks of one process to be quick."""
-    server = subprocess.Popen(
-        [sys.executable, "tests/fork_server.py"], cwd=project, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert server.stdout.readline() == "ready\n"
-    said = {}
+    forks, said = Forks(project / "log", project), {}
     for _, language, content in BLOCKS:
         for command in content.splitlines() if language == "sh" else ():
             python, *arguments = shlex.split(command)
             assert python == "python"
-            request = {"argv": arguments, "log": str(project / "log")}
-            print(json.dumps(request), file=server.stdin, flush=True)
-            server.stdout.readline()  # the child's process id
-            status = int(server.stdout.readline())
-            said[command] = (project / "log").read_text()
-            assert status == 0, f"{command}\n{said[command]}"
-    server.stdin.close()
-    server.wait()
+            said[command] = forks.run(*arguments)
+    forks.close()
     return said
 
 

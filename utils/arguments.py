@@ -24,7 +24,6 @@ SCHEDULES = ("steps", "cosine", "constant")
 PARAMETERS = ("default", "published")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SELECTIONS = ("log_loss", "accuracy", "ece")
-ECE_BINS = 10
 STREAMING = ("auto", "yes", "no")
 
 
@@ -81,7 +80,6 @@ positive_int = number(int, 1, 10**9)  # more would not fit into the machine, or 
 non_negative_int = number(int, 0, 10**9)
 positive_float = number(float, 0, float("inf"), open_low=True)
 non_negative_float = number(float, 0, float("inf"))
-seed = number(int, 0, 10**9)
 bins = number(int, 1, 10**6)
 resamples = number(int, 0, 10**6)
 
@@ -263,7 +261,7 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
     if not study:
         add(
             "--seed",
-            type=seed,
+            type=non_negative_int,
             default=0 if defaults == "training" else None,
             metavar="N",
             help="of the split, the initial weights, the order of the images and the "
@@ -381,7 +379,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     add(
         "--ece_bins",
         type=bins,
-        default=ECE_BINS,
+        default=10,
         metavar="N",
         help="equal-width bins of the expected calibration error (default: %(default)s)",
     )
@@ -502,14 +500,14 @@ def _in_words(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
 
 
-def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float | None) -> dict:
+def recipe(args: argparse.Namespace, dataset: str) -> dict:
     """How a network is trained, whatever the method: plain values, kept in config.json."""
     augment = args.augment
     if augment == "auto":
         augment = PARAMS["augmentation"].get(dataset, "none")
     if dataset == "gaussians" and augment != "none":
         raise InputError(f"--augment {augment} given, but gaussians are points; none expected")
-    keeps_last = protocol == "lr"
+    keeps_last = args.protocol == "lr"
     if keeps_last and args.estop and "estop" in args.given:
         raise InputError(
             f"--estop {args.estop} given, but --protocol lr keeps the last of all epochs; "
@@ -531,8 +529,8 @@ def recipe(args: argparse.Namespace, dataset: str, protocol: str, tr_size: float
         "precision": _precision(args.device) if args.precision == "auto" else args.precision,
         "compile": args.compile,
         "deterministic": args.deterministic,
-        "protocol": protocol,
-        "tr_size": tr_size or (5 / 6 if keeps_last else 0.8),
+        "protocol": args.protocol,
+        "tr_size": args.tr_size or (5 / 6 if keeps_last else 0.8),
     }
 
 
@@ -546,14 +544,6 @@ def _precision(device: torch.device) -> str:
         here = torch.cpu.get_capabilities()
         native = here.get("avx512_bf16") or here.get("amx_bf16") or here.get("bf16")
     return "bfloat16" if native else "float32"
-
-
-def check_classes(args: argparse.Namespace, classes: tuple[str, ...]) -> None:
-    if args.num_classes is not None and args.num_classes != len(classes):
-        raise InputError(
-            f"--num_classes {args.num_classes} given, but {args.dataset} has {len(classes)} "
-            "classes; leave the flag out or give that number"
-        )
 
 
 def streaming(args: argparse.Namespace) -> Streaming:
@@ -571,15 +561,13 @@ def check_streaming(args: argparse.Namespace, datasets: set[str]) -> None:
 
 def print_next(args: argparse.Namespace, *commands: str) -> None:
     """Says which commands come next, with the flags of this one that they need."""
-    needed = ""
-    if args.data_dir != "data":
-        needed += f" --data_dir {shlex.quote(args.data_dir)}"
-    if args.stream != "auto":
-        needed += f" --stream {args.stream}"
-    if args.workers is not None:
-        needed += f" --workers {args.workers}"
-    if args.ece_bins != ECE_BINS:
-        needed += f" --ece_bins {args.ece_bins}"
+    parser = Parser("")
+    add_evaluation_flags(parser)
+    needed = "".join(
+        f" --{name} {shlex.quote(str(getattr(args, name)))}"
+        for name in ("data_dir", "stream", "workers", "ece_bins")
+        if getattr(args, name) != parser.get_default(name)
+    )
     beside = Path(sys.argv[0]).parent  # the scripts, wherever this one was called from
     place = "" if beside == Path() else shlex.quote(f"{beside}/")
     for command in commands:

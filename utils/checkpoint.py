@@ -437,14 +437,17 @@ def environment(device: torch.device) -> dict:
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
-    cuda = device.type == "cuda"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": getattr(sys.modules.get("timm"), "__version__", None),  # None: not used
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "device": hardware,
         "threads": torch.get_num_threads(),
         "commit": git("rev-parse", "HEAD"),
         "modified": git("status", "--porcelain", "--untracked-files=no").splitlines(),

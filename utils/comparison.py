@@ -2,7 +2,7 @@
 
 Leaks are looked for first (`check_selection`, `teacher_warning`). Then images and seeds are
 resampled (`Bootstrap`), methods are paired seed by seed (`compare`), and ranked over several data
-sets and networks (`rank`, `critical_difference_diagram`). `class_similarity` says what a teacher
+sets and networks (`rank`). `class_similarity` says what a teacher
 has to tell a student beyond the label.
 
 Papers: Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006. Owen,
@@ -13,7 +13,6 @@ Smoothing Help?, NeurIPS 2019.
 
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
@@ -443,60 +441,6 @@ def rank(rows: pd.DataFrame) -> pd.DataFrame:
                 )
             ]
     return pd.DataFrame(ranked)
-
-
-def critical_difference_diagram(
-    names: Sequence[str], ranks: Sequence[float], difference: float, title: str
-) -> Figure:
-    """Methods on a line of average ranks; a bar joins those that do not differ (Demšar, figure 1).
-
-    names, ranks: of at least two methods. difference: see critical_difference. Black on white,
-    6.5 inches wide; the better half of the methods is named on the left.
-    """
-    order, groups = np.argsort(ranks, kind="stable"), cliques(ranks, difference)
-    count, half = len(names), (len(names) + 1) // 2
-    texts = [textwrap.fill(f"{names[i]} ({ranks[i]:.2f})", 32) for i in order]
-    line = 0.14 * max(text.count("\n") + 1.6 for text in texts)  # inches, as all heights here
-    bars = 0.08 * (len(groups) + 1)
-    depth = bars + half * line
-    figure = Figure(figsize=(6.5, depth + 0.9))
-    axes = figure.add_axes((0, 0, 1, 1))
-    margin = 0.65 * (count - 1)  # for the names, in ranks
-    axes.set(xlim=(1 - margin, count + margin), ylim=(-depth, 0.9))
-    axes.axis("off")
-
-    def draw(x: list[float], y: list[float], width: float) -> None:
-        axes.plot(x, y, color="black", linewidth=width, solid_capstyle="butt")
-
-    axes.text((1 + count) / 2, 0.75, title, ha="center", va="center", size=9)
-    draw([1, 1 + difference], [0.42, 0.42], 1)
-    for end in (1, 1 + difference):
-        draw([end, end], [0.38, 0.46], 1)
-    axes.text(1 + difference / 2, 0.46, f"CD = {difference:.2f}", ha="center", va="bottom", size=7)
-    draw([1, count], [0, 0], 1)
-    for value in range(1, count + 1):
-        draw([value, value], [0, 0.06], 1)
-        axes.text(value, 0.09, str(value), ha="center", va="bottom", size=7)
-    for place, group in enumerate(groups):
-        overhang = 0.006 * (count - 1)
-        ends = [ranks[group[0]] - overhang, ranks[group[-1]] + overhang]
-        draw(ends, [-0.08 * (place + 1)] * 2, 3)
-    for place, (i, text) in enumerate(zip(order, texts, strict=True)):
-        left = place < half
-        height = -bars - line * ((place if left else count - 1 - place) + 0.5)
-        side = 1 - 0.06 * margin if left else count + 0.06 * margin
-        draw([ranks[i], ranks[i], side], [0, height, height], 0.7)
-        # A dollar sign would begin a formula.
-        axes.annotate(
-            text.replace("$", r"\$"),
-            (side, height),
-            (-3 if left else 3, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            size=7,
-        )
-    return figure
 
 
 # -------------------------------------------------------------------------------- class similarity

@@ -109,10 +109,11 @@ def _gaussians(data_dir: Path):
     return (images[:count], labels[:count]), (images[count:], labels[count:]), gaussians.CLASSES
 
 
-def _torchvision(class_name: str, **split_argument):
-    """A reader for one of torchvision's data sets; torchvision downloads and verifies the files."""
+def _torchvision(class_name: str, *splits: dict):
+    """A reader for one of torchvision's data sets; torchvision downloads and verifies the files.
 
-    ((keyword, values),) = split_argument.items()
+    splits: what torchvision's class is to be told for the training and for the test images.
+    """
 
     def read(data_dir: Path):
         from torchvision import datasets
@@ -122,10 +123,7 @@ def _torchvision(class_name: str, **split_argument):
             with _downloading_to(data_dir):
                 if class_name == "FashionMNIST":
                     _use_debian_package(data_dir / class_name / "raw")
-                parts = [
-                    constructor(str(data_dir), download=True, **{keyword: value})
-                    for value in values
-                ]
+                parts = [constructor(str(data_dir), download=True, **split) for split in splits]
             classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
             train, test = (_arrays(part, len(classes)) for part in parts)
             if train[0].shape[1:] != test[0].shape[1:]:
@@ -210,13 +208,14 @@ def _imagefolder(data_dir: Path):
     return listed(files["train"]), listed(files["test"]), classes
 
 
+TRAIN_AND_TEST = {"train": True}, {"train": False}
 READERS: dict[str, Callable] = {
     "digits": _digits,
-    "mnist": _torchvision("MNIST", train=(True, False)),
-    "fashionmnist": _torchvision("FashionMNIST", train=(True, False)),
-    "cifar10": _torchvision("CIFAR10", train=(True, False)),
-    "cifar100": _torchvision("CIFAR100", train=(True, False)),
-    "svhn": _torchvision("SVHN", split=("train", "test")),
+    "mnist": _torchvision("MNIST", *TRAIN_AND_TEST),
+    "fashionmnist": _torchvision("FashionMNIST", *TRAIN_AND_TEST),
+    "cifar10": _torchvision("CIFAR10", *TRAIN_AND_TEST),
+    "cifar100": _torchvision("CIFAR100", *TRAIN_AND_TEST),
+    "svhn": _torchvision("SVHN", {"split": "train"}, {"split": "test"}),
     "imagefolder": _imagefolder,
     "gaussians": _gaussians,
 }
@@ -376,8 +375,6 @@ def reload(
     them, are not those of the checkpoint: then a test image could be one that was trained on.
     """
     name = description["dataset"]
-    if name not in READERS:
-        raise InputError(f"unknown data set {name!r}; one of {', '.join(READERS)} expected")
     data = _reload(name, str(data_dir), description["image_size"], device, streaming)
     if data.fingerprint != description["fingerprint"]:
         raise InputError(

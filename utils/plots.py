@@ -34,7 +34,7 @@ from matplotlib.ticker import FuncFormatter
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from utils import evaluate, tables
+from utils import comparison, evaluate, tables
 from utils.checkpoint import write_file
 from utils.errors import InputError
 from utils.evaluate import calibration_bins, expected_calibration_error
@@ -715,3 +715,59 @@ def credal_corners() -> np.ndarray:
     """(3, 2): the corners of {p : p_true >= 1 - α} in the plane."""
     kept = 1 - SIMPLEX_ALPHA
     return np.array([[1, 0, 0], [kept, 1 - kept, 0], [kept, 0, 1 - kept]]) @ CORNERS
+
+
+# ----------------------------------------------------------------------------- critical differences
+
+
+@mpl.rc_context(STYLE)
+def critical_difference_diagram(
+    names: Sequence[str], ranks: Sequence[float], difference: float, title: str
+) -> Figure:
+    """Methods on a line of average ranks; a bar joins those that do not differ (Demšar, figure 1).
+
+    names, ranks: of at least two methods. difference: see comparison.critical_difference. Black on
+    white; the better half of the methods is named on the left.
+    """
+    order, groups = np.argsort(ranks, kind="stable"), comparison.cliques(ranks, difference)
+    count, half = len(names), (len(names) + 1) // 2
+    texts = [textwrap.fill(f"{names[i]} ({ranks[i]:.2f})", 32) for i in order]
+    line = 0.14 * max(text.count("\n") + 1.6 for text in texts)  # inches, as all heights here
+    bars = 0.08 * (len(groups) + 1)
+    depth = bars + half * line
+    figure = Figure(figsize=(PAGE, depth + 0.9))
+    axes = figure.add_axes((0, 0, 1, 1))
+    margin = 0.65 * (count - 1)  # for the names, in ranks
+    axes.set(xlim=(1 - margin, count + margin), ylim=(-depth, 0.9))
+    axes.axis("off")
+
+    def draw(x: list[float], y: list[float], width: float) -> None:
+        axes.plot(x, y, color="black", linewidth=width, solid_capstyle="butt")
+
+    axes.text((1 + count) / 2, 0.75, title, ha="center", va="center")
+    draw([1, 1 + difference], [0.42, 0.42], 1)
+    for end in (1, 1 + difference):
+        draw([end, end], [0.38, 0.46], 1)
+    axes.text(1 + difference / 2, 0.46, f"CD = {difference:.2f}", ha="center", va="bottom")
+    draw([1, count], [0, 0], 1)
+    for value in range(1, count + 1):
+        draw([value, value], [0, 0.06], 1)
+        axes.text(value, 0.09, str(value), ha="center", va="bottom")
+    for place, group in enumerate(groups):
+        overhang = 0.006 * (count - 1)
+        ends = [ranks[group[0]] - overhang, ranks[group[-1]] + overhang]
+        draw(ends, [-0.08 * (place + 1)] * 2, 3)
+    for place, (i, text) in enumerate(zip(order, texts, strict=True)):
+        left = place < half
+        height = -bars - line * ((place if left else count - 1 - place) + 0.5)
+        side = 1 - 0.06 * margin if left else count + 0.06 * margin
+        draw([ranks[i], ranks[i], side], [0, height, height], 0.7)
+        axes.annotate(
+            text,
+            (side, height),
+            (-3 if left else 3, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+        )
+    return figure

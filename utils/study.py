@@ -198,7 +198,7 @@ class Search:
     def study(self) -> optuna.Study:
         """Raises InputError if the storage holds a study of that name with other settings."""
         args, options = self.method.args, self.options
-        recipe = arguments.recipe(args, self.data.name, args.protocol, args.tr_size)
+        recipe = arguments.recipe(args, self.data.name)
         settings = {
             "fingerprint": self.data.fingerprint,
             "image_size": args.image_size,
@@ -378,12 +378,7 @@ class Search:
             reported = len(progress.history)
             if not progress.finished(_trial(self).recipe) and trial.should_prune():
                 raise optuna.TrialPruned
-        row = progress.history[progress.best_epoch - 1]
-        return {
-            name: value
-            for name, value in row.items()
-            if name == "epoch" or name.startswith("validation_")
-        }
+        return progress.kept
 
     # ------------------------------------------------------------------- end
 
@@ -415,7 +410,7 @@ class Search:
 @functools.lru_cache(maxsize=1)  # a teacher's stored answers are large: those of one search
 def _trial(search: Search) -> Trial:
     args = search.method.args
-    trial = new_trial(args, search.data, args.model, search.seed, vars(args))
+    trial = new_trial(args, search.data, args.model, search.seed)
     if search.method.find_teacher:
         trial.teacher = search.method.find_teacher(trial, args)
     return trial
@@ -641,8 +636,7 @@ def selected_values(searches: list[Search]) -> pd.DataFrame:
                     "trained": len(found),
                 }
             )
-    columns = ("method", "seed", "hyper_parameter", "selected", "position", "edge", "trained")
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)
 
 
 def position(value, values: list | Range) -> tuple[str, str]:
@@ -682,7 +676,7 @@ def print_estimate(
     """Epochs, time and disk space, by a few steps of the vanilla network's training."""
     seeds = len({*options.seeds})
     first = methods[0][0]
-    trial = new_trial(first.args, data, options.model, options.seeds[0], vars(options))
+    trial = new_trial(first.args, data, options.model, options.seeds[0])
     loss = make_cross_entropy(trial)
     step, validation, steps, weights, state = training.measure(trial, loss)
     trainings = seeds * sum(len(plan(space, options)) for _, space in methods)

@@ -22,7 +22,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,15 +162,11 @@ class Method(NamedTuple):
 def train_method(method: Method) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
     args = arguments.settle(method.args, method.name, method.args.dataset, method.args.model)
-    arguments.check_streaming(args, {args.dataset})
     args.device = distributed.start(args.device)
-    data = data_loader.load(
-        args.dataset, args.data_dir, args.image_size, args.device, arguments.streaming(args)
-    )
-    arguments.check_classes(args, data.classes)
+    data = load_data(args)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
-        trial = new_trial(args, data, args.model, seed, vars(args))
+        trial = new_trial(args, data, args.model, seed)
         if method.find_teacher:
             trial.teacher = method.find_teacher(trial, args)
         paths.append(train_trial(trial, method.name, requested_values(args), method.make_loss))
@@ -184,23 +180,14 @@ def train_method(method: Method) -> None:
     distributed.end()
 
 
-def new_trial(
-    args: argparse.Namespace,
-    data: ImageData,
-    model_name: str,
-    seed: int,
-    source: Mapping,
-) -> Trial:
-    """A trial as the flags say that training and distillation share.
-
-    source: has protocol, tr_size and image_size, the flags of a training, the data of a teacher.
-    """
+def new_trial(args: argparse.Namespace, data: ImageData, model_name: str, seed: int) -> Trial:
+    """A trial as the flags of a training say. Distillation takes some from its teacher."""
     return Trial(
         data=data,
-        image_size=source["image_size"],
+        image_size=args.image_size,
         model_name=model_name,
         seed=seed,
-        recipe=arguments.recipe(args, data.name, source["protocol"], source["tr_size"]),
+        recipe=arguments.recipe(args, data.name),
         device=args.device,
         output_dir=Path(args.output_dir),
         ece_bins=args.ece_bins,
@@ -208,6 +195,20 @@ def new_trial(
         save_every=args.save_every,
         select_by=args.select_by,
     )
+
+
+def load_data(args: argparse.Namespace) -> ImageData:
+    """The data set that the flags name. Raises InputError if another flag contradicts it."""
+    arguments.check_streaming(args, {args.dataset})
+    data = data_loader.load(
+        args.dataset, args.data_dir, args.image_size, args.device, arguments.streaming(args)
+    )
+    if args.num_classes not in (None, len(data.classes)):
+        raise InputError(
+            f"--num_classes {args.num_classes} given, but {args.dataset} has {len(data.classes)} "
+            "classes; leave the flag out or give that number"
+        )
+    return data
 
 
 def requested_values(args: argparse.Namespace) -> dict[str, list]:
@@ -327,10 +328,8 @@ def _search(trial, method, combinations, requested, make_loss, folder: Path, pla
             print(f"diverged: {error}", flush=True)
             diverged = error.with_traceback(None)  # which would keep its network in memory
             continue
-        kept = progress.history[progress.best_epoch - 1]
-        measures = {key: value for key, value in kept.items() if key.startswith("validation_")}
         trained.append(hyper_parameters)
-        rows.append({**hyper_parameters, "epoch": progress.best_epoch, **measures})
+        rows.append({**hyper_parameters, **progress.kept})
     if not trained:
         raise diverged
     table = pd.DataFrame(rows)
@@ -387,6 +386,12 @@ class Progress:
     waited: int = 0  # epochs since the best one
     history: list[dict] = field(default_factory=list)  # a row an epoch
     terms: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)  # of each batch done
+
+    @property
+    def kept(self) -> dict:
+        """Number and validation metrics of the epoch that is kept."""
+        row = self.history[self.best_epoch - 1]
+        return {k: value for k, value in row.items() if k == "epoch" or k.startswith("validation_")}
 
     def finished(self, recipe: dict) -> bool:
         stopped = recipe["estop"] and self.waited >= recipe["estop"]
