@@ -51,16 +51,45 @@ def make_loss(trial, alpha, temperature):
     return loss
 
 
+def find_teachers(args) -> list[Path]:
+    """Raises InputError unless there are some, whose students have folders of their own."""
+    named, of_folder = {*map(Path, args.teacher)}, {}
+    for path in checkpoint.find(args.teacher):
+        teacher = checkpoint.load(path)
+        if teacher.is_student and path not in named:
+            continue
+        folder = (
+            teacher.data["dataset"],
+            student_method(teacher.model.name, teacher.training["method"], scaled=False),
+            f"seed{student_seed(args, teacher)}",
+        )
+        if folder in of_folder:
+            raise InputError(
+                f"{of_folder[folder]} and {path} have students of one name, {'/'.join(folder)}; "
+                "distil them one by one, with an --output_dir each"
+            )
+        of_folder[folder] = path
+    if not of_folder:
+        raise InputError(
+            f"--teacher {' '.join(args.teacher)} holds students only, and students teach when "
+            "their best.pt is named; that, or a folder with a network of a training script expected"
+        )
+    return [*of_folder.values()]
+
+
+def student_seed(args, teacher) -> int:
+    return teacher.training["seed"] if args.seed is None else args.seed
+
+
 def student_trial(args, teacher) -> Trial:
     """The teacher's data set and split, and its seed unless --seed says otherwise."""
     arguments.check_streaming(args, {teacher.data["dataset"]})
     data, _ = data_loader.reload(
         teacher.data, args.data_dir, args.device, arguments.streaming(args)
     )
-    seed = teacher.training["seed"] if args.seed is None else args.seed
     as_teacher = {name: teacher.data[name] for name in ("protocol", "tr_size", "image_size")}
     args = argparse.Namespace(**vars(args), **as_teacher)
-    trial = new_trial(args, data, args.student, seed)
+    trial = new_trial(args, data, args.student, student_seed(args, teacher))
     trial.teacher = teacher
     return trial
 
@@ -114,12 +143,8 @@ def main() -> None:
     given = make_parser().parse_args()
     given.device = distributed.start(given.device)
 
-    named, taught = {*map(Path, given.teacher)}, False
-    for path in checkpoint.find(given.teacher):
+    for path in find_teachers(given):
         teacher = checkpoint.load(path, given.device)
-        if teacher.is_student and path not in named:
-            continue
-        taught = True
         print(f"\nteacher: {path}")
         args = arguments.settle(given, "distillation", teacher.data["dataset"], given.student)
         trial = student_trial(args, teacher)
@@ -128,11 +153,6 @@ def main() -> None:
             trial.teacher_use = {"scaled": scaled}  # the same trial: the teacher is asked once
             method = student_method(teacher.model.name, teacher.training["method"], scaled)
             train_trial(trial, method, requested_values(args), make_loss)
-    if not taught:
-        raise InputError(
-            f"--teacher {' '.join(given.teacher)} holds students only, and students teach when "
-            "their best.pt is named; that, or a folder with a network of a training script expected"
-        )
     students = Path(given.output_dir).resolve()
     elsewhere = [t for t in given.teacher if not Path(t).resolve().is_relative_to(students)]
     print("\nNext, see teachers and students side by side:")

@@ -80,6 +80,33 @@ def refused(capsys):
     return call
 
 
+def stopped_script(folder: Path, method: str, loss: str, step: int) -> str:
+    """A script of a user's own, of which a process is sent SIGTERM in that one of its steps."""
+    script = folder / "Own-loss.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.nn.functional as F
+from utils.arguments import training_parser
+from utils.errors import run
+from utils.training import Method, train_method
+
+steps = 0
+
+def make_loss(trial):
+    def loss(logits, batch):
+        global steps
+        steps, labels = steps + 1, batch.labels
+        if steps == {step}:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {loss}
+    return loss
+
+run(lambda: train_method(Method({method!r}, training_parser("").parse_args(), make_loss)))
+""")
+    return str(script)
+
+
 class Forks:
     """Scripts in forks of one process. See fork_server.py for the options."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run, weights
+from conftest import ROOT, run, stopped_script, weights
 from torch import nn
 
 from utils import distributed
@@ -73,6 +73,17 @@ def test_without_batch_norm_the_loss_curve_is_that_of_one_process(tmp_path):
     assert_same_curve(
         *(history(tmp_path / name, method) for name in ("one", "two")), tolerance=1e-4
     )
+
+
+def test_what_one_process_has_begun_several_go_on_with(tmp_path):
+    command = ("Vanilla-cross-entropy.py", "--model", "simple_dense", *FLAGS, "--epochs", 1)
+    command += ("--batch_size", 20, "--output_dir")
+    run(*command, tmp_path / "one")
+    script = stopped_script(tmp_path, "vanilla", '{"loss": F.cross_entropy(logits, labels)}', 30)
+    run(script, *command[1:], tmp_path / "two", status=128 + signal.SIGTERM)
+    assert "continued after epoch 0, step 30" in torchrun(*command, tmp_path / "two")
+    curves = [history(tmp_path / name, "vanilla") for name in ("one", "two")]
+    assert_same_curve(*curves, tolerance=1e-5)
 
 
 def test_with_batch_norm_the_loss_curve_is_that_of_one_process_but_for_rounding(tmp_path):

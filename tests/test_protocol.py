@@ -1,11 +1,12 @@
 """The protocol of the LR paper: images split anew, the last epoch kept, trained again on all."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 import torch
-from conftest import run
+from conftest import run, run_here
 
 from utils import checkpoint, data_loader, training
 
@@ -80,6 +81,28 @@ def test_a_teacher_that_has_seen_validation_images_names_the_one_that_has_not(ru
     assert f"Models-evaluation.py {place / 'best.pt'} {folder / 'seen'}" in said.out
     said = run(*distil, place / "selection/best.pt", "--output_dir", folder / "unseen")
     assert "warning" not in said.err
+
+
+def test_each_seed_takes_its_own_teacher_which_has_not_seen_what_selects(tmp_path):
+    flags = (*FLAGS, "--epochs", 1, "--trials", 2, "--output_dir")
+    run("Vanilla-cross-entropy.py", *flags, tmp_path / "teachers")
+    teachers = tmp_path / "teachers/digits/simple_dense/vanilla"
+    ils = ("Instance-based-smoothing.py", *flags)
+    selected = [teachers / f"seed{seed}/selection/best.pt" for seed in (0, 1)]
+    for name, given in (("folder", [teachers]), ("files", selected)):
+        said = run(*ils, tmp_path / name, "--teacher", *given)
+        assert "warning" not in said.err
+        assert all(f"teacher: {teacher}" in said.out for teacher in selected)
+    shutil.rmtree(teachers / "seed1")
+    error = run(*ils, tmp_path / "one", "--teacher", teachers, status=2).err
+    assert "--teacher names 0 checkpoints for seed 1; one file for all seeds, or" in error
+
+
+def test_a_teacher_of_another_protocol_is_named(refused, tmp_path):
+    flags = ("--model", "simple_dense", "--epochs", 1, "--output_dir", tmp_path)
+    assert not run_here("Vanilla-cross-entropy.py", *flags)
+    error = refused("Instance-based-smoothing.py", *flags, "--protocol", "lr")
+    assert "vanilla/seed0/best.pt was not trained with --protocol lr" in error
 
 
 def test_the_evaluation_takes_the_temperature_of_the_network_selected(runs):

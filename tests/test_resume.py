@@ -13,9 +13,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Forks, files, run_here, start
+from conftest import ROOT, Forks, files, run, run_here, start, stopped_script
 
 from models import MODELS
 from utils import checkpoint
@@ -181,6 +182,28 @@ def test_a_finished_run_is_reported_and_nothing_is_written(forks, teacher):
     del before[folder / ".lock"]
     for path, state in before.items():
         assert (path.stat().st_mtime_ns, path.stat().st_ino) == state
+
+
+def test_a_loss_of_ones_own_goes_on_whatever_its_types_and_names(forks, tmp_path):
+    loss = """{
+            "loss": F.cross_entropy(logits, labels),
+            "right": (logits.argmax(1) == labels).sum(),
+            "mean-logit": logits.mean(),
+        }"""
+    script = stopped_script(tmp_path, "own", loss, step=20)
+    command = (script, "--model", "simple_dense", "--epochs", 1, "--batch_size", 32)
+    command += ("--precision", "bfloat16", "--output_dir", tmp_path)
+    forks.run(*command, status=128 + signal.SIGTERM)
+    assert "continued after epoch 0, step 20" in forks.run(*command)
+    assert "continued" not in forks.run(*command), "it has been read once more, and is finished"
+    (row,) = pd.read_csv(tmp_path / "digits/simple_dense/own/seed0/history.csv").to_dict("records")
+    assert 3 < row["train_right"] < 32
+
+
+def test_a_method_whose_name_cannot_be_one_is_refused_before_it_is_trained(tmp_path):
+    script = stopped_script(tmp_path, "my loss", '{"loss": logits.mean()}', step=0)
+    error = run(script, "--model", "simple_dense", "--output_dir", tmp_path, status=2).err
+    assert "a method called 'my loss' given" in error
 
 
 def test_settings_may_not_change_on_the_way_but_the_data_folder_may(forks, tmp_path):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from argparse import Namespace
 from pathlib import Path
 
 import optuna
@@ -23,6 +24,7 @@ from optuna.trial import TrialState
 
 from utils import checkpoint, methods, study
 from utils.methods import Range
+from utils.run_folder import exclusive
 
 SCRIPT = "Hyperparameter-study.py"
 SMALL = ("--dataset", "digits", "--model", "simple_dense", "--batch_size", 256, "--heartbeat", 2)
@@ -268,6 +270,40 @@ def test_what_was_selected_is_distilled(here, tmp_path):
     students = pd.read_csv(tmp_path / TABLES / "students.csv")
     assert len(students) == 1
     assert students["student"].item().startswith("lenet, alpha 0.9, temperature 20")
+
+
+def test_a_study_goes_on_without_a_student_that_diverges(here, tmp_path):
+    student = "simple_dense --epochs 1 --lr 1e30 --scale_teacher no"
+    flags = (*SMALL, "--epochs", 1, "--methods", "vanilla", "--distil", student)
+    out = here(*flags, "--output_dir", tmp_path, status=1)
+    assert "Network-distillation.py: diverged" in out
+    assert (tmp_path / TABLES / "summary.csv").exists()
+    assert not (tmp_path / TABLES / "students.csv").exists()
+
+
+def test_a_worker_that_is_stopped_has_its_student_saved(tmp_path):
+    student = "lenet --epochs 10000 --estop 0 --scale_teacher no"
+    flags = (*SMALL, "--epochs", 1, "--methods", "vanilla", "--distil", student)
+    log = tmp_path / "log"
+    command = [sys.executable, SCRIPT, *map(str, (*flags, "--output_dir", tmp_path / "runs"))]
+    with log.open("w") as file:
+        worker = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        wait_for(lambda: " 2/10000" in log.read_text())
+        worker.terminate()
+        assert worker.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text()
+    said = log.read_text()
+    assert "Network-distillation.py: stopped by SIGTERM; training state saved" in said
+    assert "Hyperparameter-study.py: stopped by SIGTERM; to continue" in said
+
+
+def test_a_student_whose_worker_was_killed_is_waited_for(tmp_path):
+    args = Namespace(output_dir=tmp_path, dataset="digits", model="simple_dense")
+    search = Namespace(method=Namespace(name="vanilla"), seed=0)
+    place = tmp_path / "digits/lenet/distilled-simple_dense-vanilla/seed0"
+    assert not study.is_distilled_now(search, args)
+    with exclusive(place / ".lock"):
+        assert study.is_distilled_now(search, args)
+    assert not study.is_distilled_now(search, args)
 
 
 def test_every_training_is_as_deterministic_as_asked(here, without_tables, tmp_path):

@@ -139,6 +139,25 @@ def test_both_students_of_a_teacher_share_its_answers(refused, tmp_path, monkeyp
     assert "holds students only" in refused(*again, students)
     assert not run_here(*again, f"{students}/./seed0/best.pt")
     assert len(list(tmp_path.glob("digits/simple_dense/distilled-simple_dense-distilled-*"))) == 2
+    # The unscaled student of a scaled one is not the scaled student of an unscaled one.
+    assert not run_here(*again, f"{students}-scaled/seed0/best.pt")
+    assert len(list(tmp_path.glob("digits/simple_dense/distilled-simple_dense-distilled-*"))) == 4
+
+
+def test_students_that_would_share_a_folder_are_refused(refused, tmp_path):
+    flags = ("--model", "simple_dense", "--epochs", 1, "--output_dir", tmp_path)
+    assert not run_here("Vanilla-cross-entropy.py", *flags, "--trials", 2)
+    distil = ("Network-distillation.py", "--teacher", tmp_path, "--seed", 5, "--overwrite")
+    error = refused(*distil, "--output_dir", tmp_path, written=tmp_path)
+    assert "students of one name, digits/distilled-simple_dense-vanilla/seed5" in error
+
+
+def test_a_teacher_is_not_removed_by_its_own_pupil(refused, tmp_path):
+    flags = ("--model", "simple_dense", "--epochs", 1, "--output_dir", tmp_path)
+    assert not run_here("Instance-based-smoothing.py", *flags)
+    teacher = tmp_path / "digits/simple_dense/instance-based-ils2/seed0/best.pt"
+    again = ("Instance-based-smoothing.py", *flags, "--teacher", teacher, "--overwrite")
+    assert f"--overwrite would remove the teacher {teacher}" in refused(*again, written=tmp_path)
 
 
 def test_an_image_that_the_teacher_was_not_asked_about_is_an_error(digits):

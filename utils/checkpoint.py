@@ -279,13 +279,14 @@ def _real(low: float, high: float = math.inf) -> Callable:
     return lambda value: type(value) is float and low < value < high
 
 
-def _word(value) -> bool:
-    return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+:-]{1,100}", value) is not None
+def is_word(value) -> bool:
+    """A name that can be a folder's, too."""
+    return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+:-]{1,255}", value) is not None
 
 
 def _network(value) -> bool:
     try:
-        return _word(value) and canonical_name(value) == value
+        return is_word(value) and canonical_name(value) == value
     except ValueError:
         return False
 
@@ -300,7 +301,7 @@ def _list_of(accepted: Callable, lengths: Callable = lambda length: length > 0) 
 
 def _dict_of(accepted: Callable) -> Callable:
     return lambda value: (
-        type(value) is dict and all(map(_word, value)) and all(map(accepted, value.values()))
+        type(value) is dict and all(map(is_word, value)) and all(map(accepted, value.values()))
     )
 
 
@@ -309,7 +310,7 @@ def _number(value) -> bool:
 
 
 def _plain(value) -> bool:
-    return value is None or _number(value) or _word(value)
+    return value is None or _number(value) or is_word(value)
 
 
 def _setting(value) -> bool:
@@ -317,7 +318,7 @@ def _setting(value) -> bool:
 
 
 def _values(value) -> bool:
-    return _list_of(_number)(value) or _list_of(_word)(value)
+    return _list_of(_number)(value) or _list_of(is_word)(value)
 
 
 def _check_fields(content: dict) -> None:
@@ -337,7 +338,7 @@ def _check_fields(content: dict) -> None:
             lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
             "a dictionary of tensors",
         ),
-        "training.method": (_word, "a name"),
+        "training.method": (is_word, "a name"),
         "training.hyper_parameters": (_dict_of(_plain), "a dictionary of plain values"),
         "training.requested": (_dict_of(_values), "a dictionary of lists of numbers or of names"),
         "training.seed": (_whole(0), "a whole number"),
@@ -346,7 +347,7 @@ def _check_fields(content: dict) -> None:
             _dict_of(_setting),
             "a dictionary of plain values and lists of numbers",
         ),
-        "data.dataset": (lambda value: _word(value) and value in READERS, "a data set's name"),
+        "data.dataset": (lambda value: is_word(value) and value in READERS, "a data set's name"),
         "data.classes": (_list_of(lambda value: type(value) is str), "a list of names"),
         "data.image_size": (
             lambda value: value is None or _whole(1, MAX_SIDE)(value),
@@ -380,7 +381,7 @@ def _check_fields(content: dict) -> None:
         for name in ("data.seed", "data.protocol", "data.tr_size"):
             fields[name.replace("data", "teacher")] = fields[name]
     if isinstance(content.get("training"), dict) and "select_by" in content["training"]:
-        fields["training.select_by"] = (_word, "a name")
+        fields["training.select_by"] = (is_word, "a name")
     for name, (accepted, expected) in fields.items():
         value = content
         for key in name.split("."):

@@ -41,7 +41,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from utils import arguments, tables, tracking, training
 from utils.data_loader import ImageData
-from utils.errors import DivergedError, InputError
+from utils.errors import DivergedError, InputError, Stopped
 from utils.methods import ROOT, SHARED, Range, Space, needs_teacher, student_flags
 from utils.run_folder import InUse, exclusive, run_path
 from utils.teacher import VANILLA, make_cross_entropy, student_method
@@ -479,10 +479,11 @@ def run_study(
             print(f"{search.name}: no network, every training of it or its teacher diverged")
     if not done:
         return 1
+    whole = len(done) == len(searches)
     if options.distil:
-        distil(done, options)
+        whole &= distil(done, options)
     write_tables(done, options, started)
-    return 1 if len(done) < len(searches) else 0
+    return 0 if whole else 1
 
 
 def work(searches: list[Search], pause: float) -> None:
@@ -527,24 +528,38 @@ def print_progress(searches: list[Search]) -> None:
     print(", ".join(said), flush=True)
 
 
-def distil(searches: list[Search], options: argparse.Namespace) -> None:
-    """Distils what was selected, each network by one worker, by way of Network-distillation.py."""
-    student, left = student_flags(options.distil), searches
+def distil(searches: list[Search], options: argparse.Namespace) -> bool:
+    """Distils what was selected, each network by one worker, by way of Network-distillation.py.
+
+    Returns whether all students were trained, and none diverged.
+    """
+    student, left, statuses = student_flags(options.distil), searches, set()
     while left:
         waiting = []
         for search in left:
             with exclusive(search.folder / ".distil.lock", wait=False) as got:
-                if not got:
+                if not got or is_distilled_now(search, options):
                     waiting.append(search)
                     continue
                 print(f"\n{search.name} is distilled", flush=True)
-                run_script(
+                status = run_script(
                     "Network-distillation.py", options, "--teacher", search.folder / "best.pt",
-                    *student, "--output_dir", options.output_dir,
+                    *student, "--output_dir", options.output_dir, may_diverge=True,
                 )  # fmt: skip
+                statuses.add(status)
         if len(waiting) == len(left):
             time.sleep(5)
         left = waiting
+    return not any(statuses)
+
+
+def is_distilled_now(search: Search, options: argparse.Namespace) -> bool:
+    """Whether a script still does it whose worker was killed."""
+    for lock in find_students([search], options, ".lock"):
+        with exclusive(lock, wait=False) as free:
+            if not free:
+                return True
+    return False
 
 
 def write_tables(searches: list[Search], options: argparse.Namespace, started: float) -> None:
@@ -556,7 +571,8 @@ def write_tables(searches: list[Search], options: argparse.Namespace, started: f
     folder = Path(options.output_dir, "evaluation", options.dataset, options.model)
     networks = [search.folder / "best.pt" for search in searches]
     if options.distil:
-        networks += find_students(searches, options)
+        finished = find_students(searches, options, "metrics.json")
+        networks += [path.with_name("best.pt") for path in finished]
     with exclusive(Path(options.output_dir, ".tables.lock")):
         youngest = max(path.with_name("metrics.json").stat().st_mtime for path in networks)
         summary = folder / "summary.csv"
@@ -575,26 +591,38 @@ def write_tables(searches: list[Search], options: argparse.Namespace, started: f
             tracker.tables(folder)
 
 
-def find_students(searches: list[Search], options: argparse.Namespace) -> list[Path]:
-    """Those that were distilled from what was selected."""
+def find_students(searches: list[Search], options: argparse.Namespace, file: str) -> list[Path]:
+    """That file of each student that was distilled from what was selected."""
     place, model = Path(options.output_dir, options.dataset), options.model
     names = [
         f"{student_method(model, search.method.name, scaled)}/seed{search.seed}"
         for search in searches
         for scaled in (False, True)
     ]
-    finished = (path for name in names for path in place.glob(f"**/{name}/metrics.json"))
-    return [path.with_name("best.pt") for path in finished]
+    return [path for name in names for path in place.glob(f"**/{name}/{file}")]
 
 
-def run_script(name: str, options: argparse.Namespace, *arguments) -> None:
+def run_script(
+    name: str, options: argparse.Namespace, *arguments, may_diverge: bool = False
+) -> int:
+    """Returns the exit status, 0 or, if the training may diverge, 3. Raises InputError for others.
+
+    A signal that this process alone has received is the script's, too.
+    """
     given = {key: getattr(options, key) for key in SHARED}
     flags = [word for key in SHARED if given[key] is not None for word in (f"--{key}", given[key])]
     command = [sys.executable, ROOT / name, *arguments, *flags]
     torch.cuda.empty_cache()  # what this process has used and keeps, the script may need
-    status = subprocess.run([*map(str, command)]).returncode
-    if status:
+    script = subprocess.Popen([*map(str, command)])
+    try:
+        status = script.wait()
+    except Stopped as stopped:
+        script.send_signal(stopped.number)
+        script.wait()
+        raise
+    if status not in ((0, 3) if may_diverge else (0,)):
         raise InputError(f"{name} ended with status {status}; its last line says why")
+    return status
 
 
 SELECTED_CAPTION = (

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from utils import checkpoint
 from utils.checkpoint import Checkpoint
@@ -30,15 +31,7 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
     is trained first when there is none.
     """
     if args.teacher:
-        paths = checkpoint.find(args.teacher)
-        if len(paths) > 1:
-            paths = [path for path in paths if path.parent.name == f"seed{trial.seed}"]
-        if len(paths) != 1:
-            raise InputError(
-                f"--teacher names {len(paths)} checkpoints for seed {trial.seed}; give one for all "
-                f"seeds, or one in a folder seed<N> for each"
-            )
-        path = paths[0]
+        path = _named_teacher(args.teacher, trial)
     else:
         folder = trial.folder(VANILLA)
         if not (folder / "metrics.json").exists():
@@ -47,6 +40,11 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
             train_trial(replace(trial, overwrite=False), VANILLA, {}, make_cross_entropy)
         # With protocol lr the one that has not seen the images on which its pupils are selected.
         path = folder / ("best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt")
+        if not path.exists():
+            raise InputError(
+                f"the teacher {folder / 'best.pt'} was not trained with --protocol lr; another "
+                "--output_dir, where a teacher is trained first, or --teacher expected"
+            )
     teacher = checkpoint.load(path, trial.device)
     check_teacher(teacher, trial.data)
     check_leak(teacher, trial.data, trial.splits)
@@ -55,6 +53,26 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
     otherwise = ", ".join(f"{key} {there.get(key)}" for key in differs)
     print(f"teacher: {path}" + f", trained with {otherwise}" * bool(differs))
     return teacher
+
+
+def _named_teacher(names: list[str], trial: Trial) -> Path:
+    """One file teaches all seeds; of several, and of those in a folder, each seed has its own."""
+    paths = checkpoint.find(names)
+    if paths == [Path(names[0])]:
+        return paths[0]
+    seed = f"seed{trial.seed}"
+    selected = "selection" if trial.recipe["protocol"] == "lr" else ""  # see find_or_train_teacher
+    found = []
+    for path in paths:
+        if seed in (path.parent.name, path.parent.parent.name):
+            beside = path.parent / selected / "best.pt"
+            found.append(beside if path not in map(Path, names) and beside.exists() else path)
+    if len(found) != 1:
+        raise InputError(
+            f"--teacher names {len(found)} checkpoints for seed {trial.seed}; one file for all "
+            "seeds, or one in a folder seed<N> for each expected"
+        )
+    return found[0]
 
 
 def check_teacher(teacher: Checkpoint, data: ImageData) -> None:
@@ -76,7 +94,9 @@ def check_teacher(teacher: Checkpoint, data: ImageData) -> None:
 
 def student_method(teacher_model: str, teacher_method: str, scaled: bool) -> str:
     """The method of a student, as its folder is named."""
-    return f"distilled-{teacher_model}-{teacher_method}" + "-scaled" * scaled
+    # A student of a student says so either way: its teacher's name may end in -scaled, too.
+    unscaled = "-unscaled" if teacher_method.startswith("distilled-") else ""
+    return f"distilled-{teacher_model}-{teacher_method}" + ("-scaled" if scaled else unscaled)
 
 
 def check_leak(teacher: Checkpoint, data: ImageData, splits: Splits) -> None:

@@ -110,6 +110,10 @@ class Trial:
         }
 
     def folder(self, method: str) -> Path:
+        if not checkpoint.is_word(method):
+            raise InputError(
+                f"a method called {method!r} given; at most 255 letters, digits and _.+:- expected"
+            )
         place = self.output_dir
         return run_folder.run_path(place, self.data.name, self.model_name, method, self.seed)
 
@@ -241,6 +245,12 @@ def train_trial(
     size = _check_network(trial)
     if size != trial.data.input_shape[1:]:
         print("images are enlarged to {}x{} pixels for the network".format(*size))
+    teacher = trial.teacher and trial.teacher.path.resolve()
+    if trial.overwrite and teacher and folder.resolve() in teacher.parents:
+        raise InputError(
+            f"--overwrite would remove the teacher {trial.teacher.path}, which is of this run; "
+            "another --output_dir expected"
+        )
     combinations = combinations or all_combinations(requested)
     settings = _run_settings(trial, method, requested)
     with run_folder.held(folder, settings, trial.device, trial.overwrite):
@@ -412,7 +422,7 @@ class Progress:
         if [row.pop("epoch") for row in rows] != list(range(1, self.epoch + 1)):
             raise ValueError("its history has not a row for each epoch")
         if not all(
-            type(value) is float and name.isidentifier()
+            type(value) is float and type(name) is str
             for row in rows
             for name, value in row.items()
         ):
@@ -423,7 +433,7 @@ class Progress:
             if type(count) is not int or not 0 < count < 2**31 or "loss" not in values:
                 raise ValueError("its terms of the loss are not those of a batch")
             for name, value in values.items():
-                if not name.isidentifier() or value.shape != () or value.dtype != torch.float32:
+                if type(name) is not str or value.shape != () or value.dtype != torch.float32:
                     raise ValueError("its terms of the loss are not named numbers")
 
 
@@ -462,6 +472,8 @@ def fit(
     if (folder / "last.pt").exists():
         progress = _restore(folder / "last.pt", trial, model, optimizer, schedule)
         print(f"continued after epoch {progress.epoch}, step {progress.step}", flush=True)
+        if not distributed.is_first():  # steps that one process has done count once
+            progress.terms = [(0, values) for _, values in progress.terms]
 
     network = distributed.over_processes(model)  # the same parameters, called another way
     network = trial.compiled(network)
@@ -484,7 +496,7 @@ def fit(
                 (terms["loss"] * _weight(batch)).backward()
                 optimizer.step()
                 progress.terms.append(
-                    (len(batch.labels), {k: v.detach() for k, v in terms.items()})
+                    (len(batch.labels), {k: v.detach().float() for k, v in terms.items()})
                 )
                 progress.step += 1
                 due = trial.save_every and time.monotonic() - saved > 60 * trial.save_every
@@ -516,8 +528,8 @@ def fit(
 
 def _seed_dropout(trial: Trial, progress: Progress) -> None:
     """An epoch's dropout is a function of (seed, epoch, process), as its order of the images is."""
-    if progress.step == 0:  # within an epoch last.pt has the state
-        rank = distributed.shard().rank
+    rank, count = distributed.shard()
+    if progress.step == 0 or count > 1:  # within an epoch last.pt has the state of one process
         stream = data_loader.stream_seed(trial.seed, PURPOSES["dropout"], progress.epoch, rank)
         torch.manual_seed(stream)
 
