@@ -288,9 +288,12 @@ def test_a_worker_that_is_stopped_has_its_student_saved(tmp_path):
     command = [sys.executable, SCRIPT, *map(str, (*flags, "--output_dir", tmp_path / "runs"))]
     with log.open("w") as file:
         worker = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        wait_for(lambda: " 2/10000" in log.read_text())
-        worker.terminate()
-        assert worker.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text()
+        try:
+            wait_for(lambda: " 2/10000" in log.read_text())
+        finally:
+            worker.terminate()
+            status = worker.wait(timeout=60)
+    assert status == 128 + signal.SIGTERM, log.read_text()
     said = log.read_text()
     assert "Network-distillation.py: stopped by SIGTERM; training state saved" in said
     assert "Hyperparameter-study.py: stopped by SIGTERM; to continue" in said
