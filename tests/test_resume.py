@@ -206,6 +206,22 @@ def test_a_method_whose_name_cannot_be_one_is_refused_before_it_is_trained(tmp_p
     assert "a method called 'my loss' given" in error
 
 
+def test_a_network_that_no_checkpoint_could_hold_is_refused_before_it_is_trained(
+    refused, tmp_path, monkeypatch
+):
+    def constructor(input_shape, num_classes):
+        network = MODELS["simple_dense"].constructor(input_shape, num_classes)
+        network.register_buffer("mask", torch.tensor([0, -torch.inf]))
+        return network
+
+    monkeypatch.setitem(MODELS, "lenet", MODELS["simple_dense"]._replace(constructor=constructor))
+    error = refused(
+        "Vanilla-cross-entropy.py", "--model", "lenet", "--output_dir", tmp_path / "runs"
+    )
+    assert "lenet begins with numbers in network.mask that are not finite" in error
+    assert not (tmp_path / "runs").exists()
+
+
 def test_settings_may_not_change_on_the_way_but_the_data_folder_may(forks, tmp_path):
     command = (*VANILLA, "--epochs", 3, "--save_every", 0, "--output_dir", tmp_path)
     forks.run(*command, kill_at=12, status=-signal.SIGKILL)

@@ -647,6 +647,12 @@ def _check_network(trial: Trial) -> tuple[int, int]:
             f"images make batches of 1, but {trial.model_name} has batch norm, which needs the "
             "variance over a batch; 2 or more expected of both"
         )
+    for name, tensor in model.state_dict().items():  # a checkpoint may hold no other
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"{trial.model_name} begins with numbers in {name} that are not finite; "
+                "register_buffer(..., persistent=False) keeps a mask of -inf out of its checkpoints"
+            )
     unable = distributed.not_synchronised(model)
     if processes > 1 and unable:
         raise InputError(
