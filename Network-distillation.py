@@ -143,7 +143,7 @@ def main() -> None:
     given = make_parser().parse_args()
     given.device = distributed.start(given.device)
 
-    for path in find_teachers(given):
+    for path in find_teachers(given):  # loaded again: all of them may not fit into memory
         teacher = checkpoint.load(path, given.device)
         print(f"\nteacher: {path}")
         args = arguments.settle(given, "distillation", teacher.data["dataset"], given.student)

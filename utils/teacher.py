@@ -30,17 +30,18 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
     --teacher if it is given; else the vanilla network of the same data set, model and seed, which
     is trained first when there is none.
     """
+    # With protocol lr the one that has not seen the images on which its pupils are selected.
+    kept = "best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt"
     if args.teacher:
-        path = _named_teacher(args.teacher, trial)
+        path = _named_teacher(args.teacher, trial.seed, kept)
     else:
         folder = trial.folder(VANILLA)
         if not (folder / "metrics.json").exists():
             print(f"no vanilla teacher in {folder}: it is trained first")
             # --overwrite is of the run that was asked for.
             train_trial(replace(trial, overwrite=False), VANILLA, {}, make_cross_entropy)
-        # With protocol lr the one that has not seen the images on which its pupils are selected.
-        path = folder / ("best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt")
-        if not path.exists():
+        path = folder / kept
+        if (folder / "best.pt").exists() and not path.exists():
             raise InputError(
                 f"the teacher {folder / 'best.pt'} was not trained with --protocol lr; another "
                 "--output_dir, where a teacher is trained first, or --teacher expected"
@@ -55,21 +56,22 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
     return teacher
 
 
-def _named_teacher(names: list[str], trial: Trial) -> Path:
-    """One file teaches all seeds; of several, and of those in a folder, each seed has its own."""
+def _named_teacher(names: list[str], seed: int, kept: str) -> Path:
+    """One file teaches all seeds; of several, and of those in a folder, each seed has its own.
+
+    kept: which network is taken of a run that is found in a folder, if it is there.
+    """
     paths = checkpoint.find(names)
     if paths == [Path(names[0])]:
         return paths[0]
-    seed = f"seed{trial.seed}"
-    selected = "selection" if trial.recipe["protocol"] == "lr" else ""  # see find_or_train_teacher
     found = []
     for path in paths:
-        if seed in (path.parent.name, path.parent.parent.name):
-            beside = path.parent / selected / "best.pt"
+        if f"seed{seed}" in (path.parent.name, path.parent.parent.name):
+            beside = path.parent / kept
             found.append(beside if path not in map(Path, names) and beside.exists() else path)
     if len(found) != 1:
         raise InputError(
-            f"--teacher names {len(found)} checkpoints for seed {trial.seed}; one file for all "
+            f"--teacher names {len(found)} checkpoints for seed {seed}; one file for all "
             "seeds, or one in a folder seed<N> for each expected"
         )
     return found[0]
