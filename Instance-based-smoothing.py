@@ -42,14 +42,7 @@ from utils.training import Method, train_method
 def make_loss(trial, variant, **hyper_parameters):
     if variant == "class":
         logits, labels = collect_logits(trial.teacher.model, trial.data, trial.splits.train)
-        temperature = hyper_parameters["temperature"]
-        try:
-            averages = class_average_logits(logits, labels, temperature)
-        except ValueError as error:  # a class without images
-            raise InputError(
-                f"--variant class, in the training split: {error}; a larger --tr_size, or another "
-                "--seed, may do"
-            ) from None
+        averages = class_average_logits(logits, labels, hyper_parameters["temperature"])
         averages = averages.to(trial.device)
     scaling = trial.teacher.temperature if variant in ("ils1", "ils") else 1.0
 
@@ -65,6 +58,19 @@ def make_loss(trial, variant, **hyper_parameters):
         }
 
     return loss
+
+
+def find_teacher(trial, args):
+    if args.variant == ["class"]:  # refused before --overwrite removes anything
+        labels = trial.data.labels[trial.splits.train.to(trial.data.labels.device)]
+        counts = labels.bincount(minlength=len(trial.data.classes)).tolist()
+        if 0 in counts:
+            raise InputError(
+                "--variant class averages over each class of the training split, which has no "
+                f"image of {trial.data.classes[counts.index(0)]}; a larger --tr_size, or another "
+                "--seed, may do"
+            )
+    return find_or_train_teacher(trial, args)
 
 
 def hyper_parameters_of(variant: str, factor: str) -> tuple[str, ...]:
@@ -130,7 +136,7 @@ def method(*given) -> Method:
         )
     name = f"instance-based-{args.variant}"
     args.hyper_parameters, args.variant, args.factor = used, [args.variant], [args.factor]
-    return Method(name, args, make_loss, find_or_train_teacher)
+    return Method(name, args, make_loss, find_teacher)
 
 
 if __name__ == "__main__":

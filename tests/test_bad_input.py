@@ -8,15 +8,13 @@ import copy
 import os
 import pickle
 import resource
-import runpy
 import shutil
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run
 from PIL import Image
 
 from models import build_model
@@ -98,14 +96,6 @@ def test_a_network_that_cannot_be_compiled_leaves_nothing(refuses, monkeypatch):
     monkeypatch.setattr(torch, "compile", compiled)
     error = refuses("Vanilla-cross-entropy.py", "--compile", "--device", "cpu")
     assert "--compile does not work on cpu here (RuntimeError: no compiler)" in error
-
-
-def test_a_class_without_images_has_no_average():
-    make_loss = runpy.run_path(str(ROOT / "Instance-based-smoothing.py"))["make_loss"]
-    answers = torch.zeros(2, 3), torch.tensor([0, 1])  # of two images, none of them of class 2
-    make_loss.__globals__["collect_logits"] = lambda *_: answers
-    with pytest.raises(InputError, match=r"--variant class, .* images of class 2"):
-        make_loss(mock.MagicMock(), "class", smoothing=0.1, temperature=1.0)
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -272,6 +262,12 @@ def test_a_share_that_leaves_a_split_empty(script, share, refuses):
     error = refuses(script, "--tr_size", share)
     assert f"--tr_size {share} leaves" in error
     assert "would do" in error
+
+
+def test_an_average_over_a_class_without_images(refuses):
+    flags = ("--model", "simple_dense", "--variant", "class", "--tr_size", 0.01)
+    error = refuses(ILS, *flags, "--overwrite")
+    assert "which has no image of 0; a larger --tr_size" in error
 
 
 @pytest.mark.parametrize("flags", [("--batch_size", 1), ("--tr_size", 0.0007)])
