@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -22,6 +23,18 @@ def test_a_measured_number_stands_beside_its_published_one_with_z():
     assert {"LR paper", "ILS appendix"} <= set(measured["source"])
     expected = (measured["mean"] - measured["published"].astype(float)) / measured["std"]
     assert (measured["z"] - expected).abs().max() < 1e-12
+
+
+def test_the_joined_tables_are_those_of_their_parts(tmp_path):
+    join = runpy.run_path(str(ROOT / "results/join.py"))["join"]
+    folder = tmp_path / "joined"
+    shutil.copytree(ROOT / "results/fashionmnist-densenet-8-epochs", folder)
+    for path in folder.glob("*.*"):
+        path.unlink()
+    join(folder, ["label-smoothing, smoothing 0.02"])
+    for name in ("summary.md", "comparison.md", "students.md"):
+        expected = ROOT / "results/fashionmnist-densenet-8-epochs" / name
+        assert (folder / name).read_text() == expected.read_text()
 
 
 @pytest.mark.parametrize(
