@@ -1,6 +1,7 @@
 """What a teacher says of a batch: stored where that can be, and then the same as when asked."""
 
 import runpy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from utils.arguments import training_parser
 from utils.checkpoint import Checkpoint
 from utils.data_loader import AUGMENTATIONS, ImageData, shuffled_batches
 from utils.inference import StoredLogits
+from utils.losses import distillation_loss, instance_based_smoothing_loss
+from utils.methods import load_script
 
 IMAGES, BATCH = 45, 16  # the last batch is not full
 
@@ -167,3 +170,39 @@ def test_an_image_that_the_teacher_was_not_asked_about_is_an_error(digits):
     (other,) = data_loader.ordered_batches(digits, torch.arange(100, 101), 1)
     with pytest.raises(IndexError):
         stored(other)
+
+
+# ------------------------------------------------------------------------ without and with scaling
+
+Y = torch.arange(8) % 4
+Z = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+# A teacher that is sure of the true class, so that q_y decides how much ILS1 and ILS smooth.
+U = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).scatter_add_(
+    1, Y[:, None], torch.full((8, 1), 3.0)
+)
+
+
+def loss_of(script: str, scaled: bool | None = None, **hyper_parameters) -> torch.Tensor:
+    trial = Namespace(
+        teacher=Namespace(temperature=2.5),
+        teacher_use={"scaled": scaled},
+        teacher_logits=lambda batch: U,
+    )
+    make_loss = load_script(ROOT / script).make_loss
+    return make_loss(trial, **hyper_parameters)(Z, Namespace(labels=Y))["loss"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "divisor"), [("ils1", 2.5), ("ils", 2.5), ("ils2", 1), ("scores", 1)]
+)
+def test_ils1_and_ils_ask_the_calibrated_teacher(variant, divisor):
+    expected = instance_based_smoothing_loss(Z, Y, U / divisor, variant=variant)
+    found = loss_of("Instance-based-smoothing.py", variant=variant)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("scaled", "divisor"), [(True, 2.5), (False, 1)])
+def test_a_scaled_student_learns_from_the_scaled_teacher(scaled, divisor):
+    expected = distillation_loss(Z, Y, U / divisor, 0.9, 4.0)
+    found = loss_of("Network-distillation.py", scaled, alpha=0.9, temperature=4.0)
+    torch.testing.assert_close(found, expected)
