@@ -67,7 +67,8 @@ def main() -> int:
     checkpoint.write_text(folder / "results.csv", results.to_csv(index=False))
     tables.remove_earlier(folder, ("students", "comparison", "comparison_ranks"))
     summary = tables.summarise(rows, bootstrap)
-    texts, drawings = write_tables(folder, summary, compared, unequal, args), []
+    texts = tables.write_all(folder, summary, compared, unequal, args.ece_bins, args.bootstrap)
+    drawings = []
     if ranks is not None and len(ranks):
         drawings += draw_ranks(folder, ranks)
     if args.plots:
@@ -201,7 +202,7 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
     for split, logits in evaluated.logits.items():
         labels = evaluated.labels[split]
         similarity = comparison.class_similarity(logits, labels)
-        for scaling, temperature in (("no", 1.0), ("yes", evaluated.temperature)):
+        for scaling, temperature in evaluated.temperatures.items():
             scaled = logits.double() / temperature
             rows.append(
                 {
@@ -227,53 +228,8 @@ def samples(networks: list[Evaluated]) -> dict[comparison.Run, tuple]:
             ),
         )
         for network in networks
-        for scaling, temperature in (("no", 1.0), ("yes", network.temperature))
+        for scaling, temperature in network.temperatures.items()
     }
-
-
-def write_tables(
-    folder: Path,
-    summary: pd.DataFrame,
-    compared: pd.DataFrame | None,
-    unequal: list[str],
-    args: argparse.Namespace,
-) -> dict[str, str]:
-    """Writes the tables for people, each with a caption that says what it shows.
-
-    Returns the Markdown of each under its title.
-    """
-    texts = {}
-    spread = "mean ± sample standard deviation over seeds"
-    spread += f", [95 % interval of {args.bootstrap} bootstraps]" * bool(args.bootstrap)
-    rule = tables.ece_rule(args.ece_bins)
-    caption = (
-        f"Test split; temperature fitted to the validation split; {spread}. {rule} By chance: the "
-        "ECE of a perfectly calibrated network with these confidences."
-    )
-    cells = tables.summary_cells(summary, tables.MAIN)
-    texts["Test split"] = tables.write(folder, "summary", summary, cells, caption)
-
-    students = summary[summary["student"] != ""]
-    if len(students):
-        caption = (
-            f"Students on the test split, unscaled, beside their teachers (scaled: by the "
-            f"temperature); {spread}. {rule} Similarity kept: the share of the variation of the "
-            "teacher's logits that tells which other classes an image resembles."
-        )
-        cells = tables.summary_cells(students, tables.STUDENTS)
-        texts["Students"] = tables.write(folder, "students", students, cells, caption)
-    if compared is not None:
-        intervals = " or ".join(filter(None, compared["interval"].unique()))
-        tests = ", ".join(filter(None, compared["test"].unique()))
-        caption = (
-            "Paired differences on the test split, training less reference, [95 % interval: "
-            f"{intervals or 'none'}], p ({tests or 'no test'}; not corrected for their number). "
-            f"{rule}"
-        )
-        caption = " ".join([caption, *(f"{warning}." for warning in unequal)])
-        cells = tables.comparison_cells(compared, args.ece_bins)
-        texts["Paired differences"] = tables.write(folder, "comparison", compared, cells, caption)
-    return texts
 
 
 def draw_ranks(folder: Path, ranks: pd.DataFrame) -> list[plots.Drawing]:

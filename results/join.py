@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils import comparison, tables  # noqa: E402
-from utils.methods import load_script  # noqa: E402
 
 
 def join(folder: Path, left_out: list[str]) -> None:
@@ -26,10 +25,10 @@ def join(folder: Path, left_out: list[str]) -> None:
     results = results[~results["training"].isin(left_out)].sort_values("seed", kind="stable")
     results.to_csv(folder / "results.csv", index=False)
     rows = tables.with_students(results)
-    compared = comparison.compare(rows.drop_duplicates(["weights", "scaling"]), "vanilla", {})
-    about = argparse.Namespace(bootstrap=0, ece_bins=results["ece_bins"].iloc[0])
-    evaluation = load_script(ROOT / "Models-evaluation.py")
-    evaluation.write_tables(folder, tables.summarise(rows), compared, [], about)
+    single = rows.drop_duplicates(["weights", "training", "scaling"])
+    compared = comparison.compare(single, "vanilla", {})
+    unequal = comparison.unequal_recipes(single, compared)
+    tables.write_all(folder, tables.summarise(rows), compared, unequal, results["ece_bins"].iloc[0])
 
 
 if __name__ == "__main__":

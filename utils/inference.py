@@ -106,6 +106,11 @@ class Evaluated:
     seen_by_teacher: tuple[int, int]  # validation and test images that its teacher was trained on
 
     @property
+    def temperatures(self) -> dict[str, float]:
+        """By which logits are divided without ("no") and with ("yes") temperature scaling."""
+        return {"no": 1.0, "yes": self.temperature}
+
+    @property
     def recipe(self) -> dict:
         """All by which runs of one `tables.setting` may differ, but for the seed."""
         training, teacher = self.training, self.teacher

@@ -2,9 +2,9 @@
 
     drawings = write_all(evaluated, Path("evaluation"), tsne_classes=None, bins=10)
 
-Every figure is a PNG (300 dpi) and a PDF of the same content, at the width of one column (3.3 in)
-or two (6.9 in), in letters of 7 points or more. Colours are Okabe and Ito's, which the
-colour-blind tell apart; line styles, markers and hatches tell the same in black and white.
+Every figure is a PNG (300 dpi) and a PDF of the same content, between one column (3.3 in) and two
+(6.9 in) wide, as it has panels, in letters of 7 points or more. Colours are Okabe and Ito's, which
+the colour-blind tell apart; line styles, markers and hatches tell the same in black and white.
 
 How seeds are treated. Runs that differ in nothing but their seed are one method here. Each figure
 says below what it does with its seeds; docs/figures.md shows the figures and how to read them.
@@ -157,7 +157,7 @@ def line_style(number: int) -> dict:
 
 def scaled_logits(run: Evaluated, scaling: str) -> Tensor:
     """Test logits (N, K), float64, divided by the run's temperature if `scaling` is "yes"."""
-    return run.logits["test"].double() / (run.temperature if scaling == "yes" else 1.0)
+    return run.logits["test"].double() / run.temperatures[scaling]
 
 
 # ------------------------------------------------------------------------------ writing

@@ -407,3 +407,51 @@ def write(folder: Path, name: str, table: pd.DataFrame, cells: pd.DataFrame, cap
     write_text(folder / f"{name}.md", text)
     write_text(folder / f"{name}.tex", latex(cells, f"{shared} {caption}".lstrip(), name))
     return text
+
+
+def write_all(
+    folder: Path,
+    summary: pd.DataFrame,
+    compared: pd.DataFrame | None,
+    unequal: list[str],
+    ece_bins: int,
+    replicates: int = 0,
+) -> dict[str, str]:
+    """Writes the tables of an evaluation, each with a caption that says what it shows.
+
+    summary: of `summarise`. compared: of `comparison.compare`, if it was asked for, and unequal
+    what `comparison.unequal_recipes` says of it. replicates: of the bootstrap whose intervals they
+    have; 0 for none. Returns the Markdown of each under its title.
+    """
+    texts = {}
+    spread = "mean ± sample standard deviation over seeds"
+    spread += f", [95 % interval of {replicates} bootstraps]" * bool(replicates)
+    rule = ece_rule(ece_bins)
+    caption = (
+        f"Test split; temperature fitted to the validation split; {spread}. {rule} By chance: the "
+        "ECE of a perfectly calibrated network with these confidences."
+    )
+    cells = summary_cells(summary, MAIN)
+    texts["Test split"] = write(folder, "summary", summary, cells, caption)
+
+    students = summary[summary["student"] != ""]
+    if len(students):
+        caption = (
+            f"Students on the test split, unscaled, beside their teachers (scaled: by the "
+            f"temperature); {spread}. {rule} Similarity kept: the share of the variation of the "
+            "teacher's logits that tells which other classes an image resembles."
+        )
+        cells = summary_cells(students, STUDENTS)
+        texts["Students"] = write(folder, "students", students, cells, caption)
+    if compared is not None:
+        intervals = " or ".join(filter(None, compared["interval"].unique()))
+        tests = ", ".join(filter(None, compared["test"].unique()))
+        caption = (
+            "Paired differences on the test split, training less reference, [95 % interval: "
+            f"{intervals or 'none'}], p ({tests or 'no test'}; not corrected for their number). "
+            f"{rule}"
+        )
+        caption = " ".join([caption, *(f"{warning}." for warning in unequal)])
+        cells = comparison_cells(compared, ece_bins)
+        texts["Paired differences"] = write(folder, "comparison", compared, cells, caption)
+    return texts
