@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from fnmatch import fnmatchcase
 
@@ -20,6 +21,7 @@ from utils.arguments import (
     training_parser,
 )
 from utils.data_loader import READERS
+from utils.training import new_optimizer, new_schedule
 
 HYPER_PARAMETERS = {
     "vanilla": (),
@@ -259,3 +261,34 @@ def test_milestones_that_cannot_be(flags, reason, refused, tmp_path):
         "Vanilla-cross-entropy.py", *flags, "--output_dir", tmp_path, written=tmp_path
     )  # fmt: skip
     assert reason in error
+
+
+# ------------------------------------------------------------------------------- what settings mean
+
+SGD = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.01, "epochs": 10, "fall": 0.1}
+
+
+def test_sgd_is_that_of_the_papers():
+    settings = new_optimizer(torch.nn.Linear(3, 2), SGD).defaults
+    expected = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "dampening": 0}
+    assert expected.items() <= settings.items()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "rates"),
+    [
+        ("steps", None, [0.1] * 3 + [0.01] * 3 + [0.001] * 3 + [0.0001]),  # at 30, 60 and 90 %
+        ("steps", [2, 9], [0.1] * 2 + [0.01] * 7 + [0.001]),
+        ("cosine", None, [0.05 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]),
+        ("constant", None, [0.1] * 10),
+    ],
+)
+def test_the_learning_rate_of_each_epoch(schedule, milestones, rates):
+    recipe = {**SGD, "schedule": schedule, "milestones": milestones}
+    optimizer = new_optimizer(torch.nn.Linear(3, 2), recipe)
+    falling, found = new_schedule(optimizer, recipe), []
+    for _ in rates:
+        found += falling.get_last_lr()
+        optimizer.step()
+        falling.step()
+    assert found == pytest.approx(rates)

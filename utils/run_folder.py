@@ -24,6 +24,11 @@ def run_path(output_dir: str | Path, dataset: str, model: str, method: str, seed
     return Path(output_dir, dataset, model, method, f"seed{seed}")
 
 
+def selected_network(protocol: str) -> str:
+    """The network in a run's folder that has not been trained on the validation split."""
+    return "best.pt" if protocol == "ils" else "selection/best.pt"
+
+
 class InUse(InputError):
     """Another process is training in the folder."""
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from utils import checkpoint
+from utils import checkpoint, run_folder
 from utils.checkpoint import Checkpoint
 from utils.data_loader import ImageData, Splits, seen_by_teacher
 from utils.errors import InputError
@@ -31,7 +31,7 @@ def find_or_train_teacher(trial: Trial, args: argparse.Namespace) -> Checkpoint:
     is trained first when there is none.
     """
     # With protocol lr the one that has not seen the images on which its pupils are selected.
-    kept = "best.pt" if trial.recipe["protocol"] == "ils" else "selection/best.pt"
+    kept = run_folder.selected_network(trial.recipe["protocol"])
     if args.teacher:
         path = _named_teacher(args.teacher, trial.seed, kept)
     else:

@@ -467,7 +467,7 @@ def fit(
     torch.manual_seed(trial.seed)  # initial weights: the same for every method
     model = new_model(trial)
     optimizer = new_optimizer(model, recipe)
-    schedule = _new_schedule(optimizer, recipe)
+    schedule = new_schedule(optimizer, recipe)
     progress = Progress()
     if (folder / "last.pt").exists():
         progress = _restore(folder / "last.pt", trial, model, optimizer, schedule)
@@ -488,13 +488,8 @@ def fit(
             started = saved = time.monotonic()
             _seed_dropout(trial, progress)
             model.train()
-            for batch in _with_bar(trial, progress):
-                with trial.autocast():
-                    logits = network(batch.images)
-                terms = loss_function(logits, batch)
-                optimizer.zero_grad()
-                (terms["loss"] * _weight(batch)).backward()
-                optimizer.step()
+            for batch in _epoch_batches(trial, progress):
+                terms = _step(trial, network, optimizer, loss_function, batch)
                 progress.terms.append(
                     (len(batch.labels), {k: v.detach().float() for k, v in terms.items()})
                 )
@@ -526,6 +521,17 @@ def fit(
             yield progress
 
 
+def _step(trial: Trial, network, optimizer, loss_function: LossFunction, batch: Batch) -> dict:
+    """One step of the optimizer. Returns the terms of the loss."""
+    with trial.autocast():
+        logits = network(batch.images)
+    terms = loss_function(logits, batch)
+    optimizer.zero_grad()
+    (terms["loss"] * _weight(batch)).backward()
+    optimizer.step()
+    return terms
+
+
 def _seed_dropout(trial: Trial, progress: Progress) -> None:
     """An epoch's dropout is a function of (seed, epoch, process), as its order of the images is."""
     rank, count = distributed.shard()
@@ -550,7 +556,7 @@ def _validate(trial: Trial, model: nn.Module, row: dict) -> tuple[Tensor, Tensor
     return logits, labels, metrics
 
 
-def _with_bar(trial: Trial, progress: Progress):
+def _epoch_batches(trial: Trial, progress: Progress):
     """The epoch's batches, with a progress bar where somebody watches."""
     recipe, shard = trial.recipe, distributed.shard()
     batches = data_loader.shuffled_batches(
@@ -684,7 +690,7 @@ def new_optimizer(model: nn.Module, recipe: dict) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **settings)
 
 
-def _new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
+def new_schedule(optimizer: torch.optim.Optimizer, recipe: dict):
     """A schedule that is advanced once an epoch."""
     epochs = recipe["epochs"]
     if recipe["schedule"] == "cosine":
@@ -708,12 +714,8 @@ def measure(trial: Trial, loss_function: LossFunction, steps: int = 10) -> tuple
     network, times = trial.compiled(model), []
     progress = Progress()
     while len(times) <= steps:
-        for batch in _with_bar(trial, progress):
-            with trial.autocast():
-                logits = network(batch.images)
-            optimizer.zero_grad()
-            loss_function(logits, batch)["loss"].backward()
-            optimizer.step()
+        for batch in _epoch_batches(trial, progress):
+            _step(trial, network, optimizer, loss_function, batch)
             if trial.device.type == "cuda":
                 torch.cuda.synchronize(trial.device)
             times.append(time.monotonic())
@@ -850,7 +852,7 @@ def _final_metrics(trial: Trial, folder: Path) -> dict:
     not seen that split.
     """
     kept = folder / "best.pt"
-    selection = kept if trial.recipe["protocol"] == "ils" else folder / "selection" / "best.pt"
+    selection = folder / run_folder.selected_network(trial.recipe["protocol"])
     validator = checkpoint.load(selection, trial.device)
     logits, labels = collect_logits(validator.model, trial.data, trial.splits.validation)
     temperature = _temperature(logits, labels)
