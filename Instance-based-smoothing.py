@@ -34,7 +34,13 @@ from utils.arguments import (
 )
 from utils.errors import InputError, run
 from utils.inference import collect_logits
-from utils.losses import FACTORS, VARIANTS, class_average_logits, instance_based_smoothing_loss
+from utils.losses import (
+    BY_TRUE_CLASS,
+    FACTORS,
+    VARIANTS,
+    class_average_logits,
+    instance_based_smoothing_loss,
+)
 from utils.teacher import find_or_train_teacher
 from utils.training import Method, train_method
 
@@ -44,7 +50,7 @@ def make_loss(trial, variant, **hyper_parameters):
         logits, labels = collect_logits(trial.teacher.model, trial.data, trial.splits.train)
         averages = class_average_logits(logits, labels, hyper_parameters["temperature"])
         averages = averages.to(trial.device)
-    scaling = trial.teacher.temperature if variant in ("ils1", "ils") else 1.0
+    scaling = trial.teacher.temperature if variant in BY_TRUE_CLASS else 1.0
 
     def loss(logits, batch):
         if variant == "class":
@@ -75,7 +81,7 @@ def find_teacher(trial, args):
 
 def hyper_parameters_of(variant: str, factor: str) -> tuple[str, ...]:
     """The flags that a variant reads. The others would do nothing."""
-    if variant in ("ils1", "ils"):
+    if variant in BY_TRUE_CLASS:
         amount = ("shift", "slope", "cap") if factor == "quadratic" else ("smoothing",)
         return ("variant", "factor", *amount, *(("temperature",) if variant == "ils" else ()))
     return ("variant", "smoothing", *(("temperature",) if variant != "scores" else ()))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, losses, smoothing_curves, synthetic
 from utils.arguments import (
+    PARAMS,
     Parser,
     bins,
     non_negative_float,
@@ -37,7 +38,7 @@ from utils.arguments import (
     positive_int,
 )
 from utils.errors import run
-from utils.losses import class_average_logits, instance_based_smoothing_loss
+from utils.losses import BY_TRUE_CLASS, class_average_logits, instance_based_smoothing_loss
 from utils.replicas import Candidate, Trained, search
 from utils.training import all_combinations
 
@@ -55,7 +56,7 @@ def candidates(args, labels, teacher_logits, calibrated_logits) -> dict[str, lis
         return [Candidate(h, partial(loss, reduction="none", **h)) for h in grid(name)]
 
     def instance_based(variant, *names):
-        logits = calibrated_logits if variant in ("ils1", "ils") else teacher_logits
+        logits = calibrated_logits if variant in BY_TRUE_CLASS else teacher_logits
         loss = partial(instance_based_smoothing_loss, variant=variant, reduction="none")
         return [Candidate(h, partial(loss, **h), logits) for h in grid(*names)]
 
@@ -133,14 +134,16 @@ def parse_arguments():
         "the --dataset gaussians of the other scripts (default: %(default)s)")  # fmt: skip
     share = number(float, 0, 1, open_high=True)
     inside = number(float, 0, 1, open_low=True, open_high=True)
+    grids = PARAMS["grids"]["lr"] | PARAMS["grids"]["ils"]
+    ils1, penalty = grids["instance-based-ils1"], grids["confidence-penalty"]
     for flag, kind, values, what in (
         ("--smoothing", share, SMOOTHINGS, "ε of label smoothing, ILS2, scores and class"),
         ("--temperature", positive_float, [1, 2, 4, 6], "T of ILS2, ILS and class"),
-        ("--shift", number(float, 0, 1), [0.75, 0.775, 0.8, 0.825, 0.85], "P1 of ILS1 and ILS"),
-        ("--slope", non_negative_float, [0.75, 1, 1.25, 1.5, 1.75, 2], "P2 of ILS1 and ILS"),
-        ("--alpha", inside, [0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4], "α of label relaxation"),
-        ("--gamma", non_negative_float, [0.1, 0.2, 0.5, 1, 2, 3.5, 5], "γ of the focal loss"),
-        ("--beta", non_negative_float, [0.1, 0.3, 0.5, 1, 2, 4, 8], "β of the confidence penalty"),
+        ("--shift", number(float, 0, 1), ils1["shift"], "P1 of ILS1 and ILS"),
+        ("--slope", non_negative_float, ils1["slope"], "P2 of ILS1 and ILS"),
+        ("--alpha", inside, grids["label-relaxation"]["alpha"], "α of label relaxation"),
+        ("--gamma", non_negative_float, grids["focal"]["gamma"], "γ of the focal loss"),
+        ("--beta", non_negative_float, penalty["beta"], "β of the confidence penalty"),
     ):
         add(flag, type=kind, nargs="+", default=values, metavar="X",
             help=f"{what}, to choose from (default: {' '.join(f'{v:g}' for v in values)})",

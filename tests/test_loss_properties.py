@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.losses import (
+    BY_TRUE_CLASS,
     FACTORS,
     VARIANTS,
     class_average_logits,
@@ -159,7 +160,7 @@ def test_targets_are_distributions(variant, b, smoothing, temperature, factor, s
         t.double().sum(1), torch.ones(len(y), dtype=torch.float64), rtol=0, atol=8 * eps
     )
     # Nothing gives up more than its own limit.
-    limit = cap if variant in ("ils1", "ils") and factor == "quadratic" else smoothing
+    limit = cap if variant in BY_TRUE_CLASS and factor == "quadratic" else smoothing
     assert (1 - t.gather(1, y[:, None]) <= limit + 2 * eps).all()
 
 

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
+from torch.func import grad_and_value
 
 from utils import data_loader, synthetic, tables
 from utils.checkpoint import write_text
@@ -42,7 +43,7 @@ from utils.losses import (
 from utils.plots import PAGE, STYLE, Drawing, save, shorten, slugify
 
 # The scripts' own defaults.
-SMOOTHING, ALPHA, SHIFT, SLOPE, CAP = 0.1, 0.1, 0.8, 2.0, 0.2
+SMOOTHING, ALPHA = 0.1, 0.1
 CLASSES_SHOWN = 10
 
 CAPTION = (
@@ -158,7 +159,6 @@ def requests(teacher: Evaluated, index: int) -> list[Request]:
         "ILS2": (
             "ils2",
             logits,
-            {"smoothing": SMOOTHING},
             f"{SMOOTHING:g} kept back, for what the image resembles",
             f"Keep ε = {SMOOTHING:g} back, and give it to the classes that the teacher finds this "
             "image similar to.",
@@ -166,7 +166,6 @@ def requests(teacher: Evaluated, index: int) -> list[Request]:
         "ILS1": (
             "ils1",
             calibrated,
-            {"shift": SHIFT, "slope": SLOPE, "cap": CAP},
             "teacher says how much: {kept:.2g}, for all others alike",
             "Let the teacher's certainty decide how much to keep back (here ε = {kept:.2g}, as it "
             f"gives the true class {sure:.2g}); the other classes share it evenly.",
@@ -174,7 +173,6 @@ def requests(teacher: Evaluated, index: int) -> list[Request]:
         "ILS": (
             "ils",
             calibrated,
-            {"shift": SHIFT, "slope": SLOPE, "cap": CAP},
             "teacher says how much: {kept:.2g}, and for whom",
             "Both: the teacher's certainty decides how much to keep back (ε = {kept:.2g}), its "
             "view of the image who gets it.",
@@ -182,7 +180,6 @@ def requests(teacher: Evaluated, index: int) -> list[Request]:
         "scores": (
             "scores",
             logits,
-            {"smoothing": SMOOTHING},
             "{kept:.2g} kept back, by the teacher's raw scores",
             "ILS as first published: shares are the teacher's raw scores, not its probabilities "
             "(here ε = {kept:.2g}), so unlikely classes get nearly as much as likely ones.",
@@ -193,18 +190,15 @@ def requests(teacher: Evaluated, index: int) -> list[Request]:
         variants["class-based"] = (
             "class",
             average,
-            {"smoothing": SMOOTHING},
             f"{SMOOTHING:g} kept back, for what the class resembles",
             f"Keep ε = {SMOOTHING:g} back and share it as the teacher does on average over images "
             "of this class; the image itself is not looked at.",
         )
-    for method, (variant, view, options, *texts) in variants.items():
-        target = instance_based_targets(view, true, variant=variant, **options)
+    for method, (variant, view, *texts) in variants.items():
+        options = {"variant": variant, "smoothing": SMOOTHING}  # which ILS1 and ILS do not read
+        target = instance_based_targets(view, true, **options)
         short, words = (text.format(kept=1 - float(target[0, label])) for text in texts)
-        loss = partial(
-            instance_based_smoothing_loss,
-            targets=true, teacher_logits=view, variant=variant, **options,
-        )  # fmt: skip
+        loss = partial(instance_based_smoothing_loss, targets=true, teacher_logits=view, **options)
         found.append(_towards(method, short, words, logits, target, loss))
     found.append(_relaxation(logits, true))
     return found
@@ -227,15 +221,17 @@ def _towards(
     method: str, short: str, words: str, logits: Tensor, target: Tensor, loss: Callable
 ) -> Request:
     """The request of a loss that is least at one distribution, its target."""
-    value, gradient = _value_and_gradient(loss, logits)
+    (gradient,), value = grad_and_value(loss)(logits)
     # Where the target has zeros the least loss is approached, and never reached.
     least = float(torch.special.entr(target).sum())
-    return Request(method, short, words, target[0], target[0], target[0], value, least, gradient)
+    target, value = target[0], float(value)
+    return Request(method, short, words, target, target, target, value, least, gradient)
 
 
 def _relaxation(logits: Tensor, true: Tensor) -> Request:
     label = int(true)
-    value, gradient = _value_and_gradient(lambda z: label_relaxation_loss(z, true, ALPHA), logits)
+    loss = partial(label_relaxation_loss, targets=true, alpha=ALPHA)
+    (gradient,), value = grad_and_value(loss)(logits)
     said = logits.softmax(1)[0]
     others = torch.arange(len(said)) != label
     low, high = torch.zeros_like(said), torch.full_like(said, ALPHA)
@@ -252,14 +248,8 @@ def _relaxation(logits: Tensor, true: Tensor) -> Request:
         f"any other; the network chooses. {state}"
     )
     short = f"{1 - ALPHA:g} or more for the true class, all else free"
+    value = float(value)
     return Request("label relaxation", short, words, nearest, low, high, value, 0.0, gradient)
-
-
-def _value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[float, Tensor]:
-    z = logits.clone().requires_grad_()
-    value = loss(z)
-    (gradient,) = torch.autograd.grad(value, z)
-    return float(value.detach()), gradient[0]
 
 
 # ------------------------------------------------------------------------------ shown

@@ -28,6 +28,8 @@ from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 VARIANTS = ("ils1", "ils2", "ils", "scores", "class")
+# ε_i of these is a function of the teacher's q_y, whose logits are to be calibrated.
+BY_TRUE_CLASS = ("ils1", "ils")
 FACTORS = ("quadratic", "proportional", "complementary")
 
 
@@ -187,7 +189,7 @@ def instance_based_targets(
     y = targets[:, None]
     num_classes = u.shape[1]
 
-    if variant in ("ils1", "ils"):
+    if variant in BY_TRUE_CLASS:
         q_true = u.softmax(dim=1).gather(1, y)
         given_up = _instance_factor(q_true, factor, smoothing, shift, slope, cap)
     elif variant == "scores":

@@ -203,13 +203,9 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
                 if method == reference or (reference, method) == (LABEL_SMOOTHING, VANILLA):
                     continue
                 row = {"reference": reference, "method": method, "scaling": scaling}
-                half = stats.t.ppf(0.975, len(difference) - 1) * difference.sem()
-                for name, mean in difference.mean().items():
-                    row |= {
-                        name: mean,
-                        f"{name}_low": mean - half[name],
-                        f"{name}_high": mean + half[name],
-                    }
+                interval = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+                for name, *values in zip(SHOWN, difference.mean(), *interval, strict=True):
+                    row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
                 compared.append(row)
     return pd.DataFrame(compared)
 
