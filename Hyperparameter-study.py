@@ -156,9 +156,6 @@ def main() -> int:
     refuse_torchrun(
         "a study's workers each train by themselves; start the same command several times instead"
     )
-    keep = args.keep_candidates
-    if keep and Path(keep).resolve() == Path(args.output_dir).resolve():
-        raise InputError(f"--keep_candidates {keep} is the --output_dir, another folder expected")
     if "n_trials" in args.given and args.sampler == "grid":
         raise InputError(
             f"--n_trials {args.n_trials} does nothing with --sampler grid, which trains every "

@@ -218,15 +218,19 @@ def test_two_studies_select_from_the_same_trainings(here, without_tables, tmp_pa
         trained[by] = out.count("validation log loss")  # once an epoch of what is selected from
         found[by] = pd.read_csv(tmp_path / by / place / "search.csv").set_index("smoothing")
     assert trained == {"accuracy": 4, "ece": 0}
+    assert "continued after" not in out  # all of it is finished
     chosen = {by: table.pop("selected").idxmax() for by, table in found.items()}
     assert found["accuracy"].equals(found["ece"])
     assert chosen["accuracy"] == found["ece"]["validation_accuracy"].idxmax()
     assert chosen["ece"] == found["ece"]["validation_ece"].idxmin()
-    assert len([*(tmp_path / "kept" / place / "candidates").iterdir()]) == 2
+    candidates = tmp_path / "kept" / place / "kept-candidates"
+    assert len([*candidates.iterdir()]) == 2
     here(*flags, "ece", "--output_dir", tmp_path / "alone")
     assert same_bits(*(tmp_path / study / place / "best.pt" for study in ("ece", "alone")))
-    error = here(*flags, "ece", *kept, "--output_dir", tmp_path / "kept", status=2)
-    assert "is the --output_dir, another folder expected" in error
+    # What is kept stays, also where a study, or a run, ends in the same folder.
+    here(*flags, "ece", *kept, "--output_dir", tmp_path / "kept")
+    assert same_bits(*(tmp_path / study / place / "best.pt" for study in ("ece", "kept")))
+    assert len([*candidates.iterdir()]) == 2
 
 
 def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(
@@ -465,6 +469,14 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):
     assert "88 trainings, 12 trained again, at most 300 epochs" in out
     assert re.search(r"time: \d+\.\d (min|h) for one worker", out)
     assert not list(tmp_path.iterdir())
+
+
+def test_published_values_are_those_of_the_script_whatever_the_protocol(here, fashion_mnist):
+    flags = ("--dataset", "fashionmnist", "--model", "simple_dense", "--params", "published")
+    flags = (*flags, "--protocol", "ils", "--methods", "label-smoothing", "--dry_run")
+    published = "smoothing 0.01 0.025 0.05 0.1 0.2 0.3 0.4"
+    assert here(*flags).count(published) == 2  # announced and planned
+    assert here(*flags, "--grids", "ils").count(published) == 1
 
 
 def test_a_dry_run_whose_steps_diverge_says_so(here):

@@ -141,11 +141,12 @@ def read_method(text: str, study: argparse.Namespace) -> tuple[Method, Space]:
         )
     method.args.given = given | (study.given & flags)
     args = settle(method.args, method.name, study.dataset, study.model)
-    grids = PARAMS["grids"]
-    order = (grids[study.grids or args.protocol], *grids.values())
-    grid = next((grid[method.name] for grid in order if method.name in grid), {})
-    for parameter in {*args.hyper_parameters} - given:
-        setattr(args, parameter, grid.get(parameter, getattr(args, parameter)))
+    if study.grids or args.params != "published":  # settle has taken the published grid
+        grids = PARAMS["grids"]
+        order = (grids[study.grids or args.protocol], *grids.values())
+        grid = next((grid[method.name] for grid in order if method.name in grid), {})
+        for parameter in {*args.hyper_parameters} - given:
+            setattr(args, parameter, grid.get(parameter, getattr(args, parameter)))
     space: Space = dict(requested_values(args))
     for parameter, log in logarithmic.items():
         space[parameter] = _range(parameter, space.get(parameter, []), log)

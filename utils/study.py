@@ -165,8 +165,9 @@ class Search:
     @property
     def candidates(self) -> Path:
         """Where the trainings are: until one is selected, or for good and for other studies."""
-        place = self.options.keep_candidates or self.options.output_dir
-        return self._folder_in(place) / "candidates"
+        if self.options.keep_candidates:  # by a name that no run removes
+            return self._folder_in(self.options.keep_candidates) / "kept-candidates"
+        return self.folder / "candidates"
 
     def _folder_in(self, place: str) -> Path:
         return run_path(place, self.data.name, self.options.model, self.method.name, self.seed)
