@@ -29,7 +29,7 @@ from utils.arguments import (
     number,
     one_of,
     path_name,
-    positive_float,
+    temperatures,
     training_parser,
 )
 from utils.errors import InputError, run
@@ -125,7 +125,7 @@ def method(*given) -> Method:
     add_hyper_parameter(
         parser,
         "--temperature",
-        positive_float,
+        temperatures,
         1.0,
         "T > 0 that softens the teacher's shares over the wrong classes; 1 is off",
     )

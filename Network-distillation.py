@@ -25,7 +25,7 @@ from utils.arguments import (
     number,
     one_of,
     path_name,
-    positive_float,
+    temperatures,
     training_parser,
 )
 from utils.errors import InputError, run
@@ -132,7 +132,7 @@ def make_parser() -> Parser:
     add_hyper_parameter(
         parser,
         "--temperature",
-        positive_float,
+        temperatures,
         20.0,
         "T > 0 that softens both networks' probabilities; 1 is off",
     )

@@ -36,6 +36,7 @@ from utils.arguments import (
     path_name,
     positive_float,
     positive_int,
+    temperatures,
 )
 from utils.errors import run
 from utils.losses import BY_TRUE_CLASS, class_average_logits, instance_based_smoothing_loss
@@ -138,7 +139,7 @@ def parse_arguments():
     ils1, penalty = grids["instance-based-ils1"], grids["confidence-penalty"]
     for flag, kind, values, what in (
         ("--smoothing", share, SMOOTHINGS, "ε of label smoothing, ILS2, scores and class"),
-        ("--temperature", positive_float, [1, 2, 4, 6], "T of ILS2, ILS and class"),
+        ("--temperature", temperatures, [1, 2, 4, 6], "T of ILS2, ILS and class"),
         ("--shift", number(float, 0, 1), ils1["shift"], "P1 of ILS1 and ILS"),
         ("--slope", non_negative_float, ils1["slope"], "P2 of ILS1 and ILS"),
         ("--alpha", inside, grids["label-relaxation"]["alpha"], "α of label relaxation"),

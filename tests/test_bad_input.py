@@ -9,12 +9,14 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 from models import build_model
@@ -65,6 +67,7 @@ def refuses(refused, tmp_path):
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError("Unable to allocate 112. GiB for an array with shape (15000, 1000000)"),
     ],
 )
 def test_memory_that_is_short_is_said_in_one_line(error, refused, monkeypatch, tmp_path):
@@ -87,6 +90,28 @@ def test_a_gpu_that_is_too_old_is_said_in_one_line(refused, monkeypatch, tmp_pat
     said = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
     assert "error: CUDA error: no kernel image is available" in said
     assert "device; a PyTorch made for this GPU, or --device cpu, would do" in said
+
+
+def test_an_operation_that_is_not_deterministic_is_said_in_one_line(refused, monkeypatch, tmp_path):
+    def check(*_):
+        raise RuntimeError(
+            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but "
+            "you set 'torch.use_deterministic_algorithms(True)'. You can turn off determinism"
+        )
+
+    monkeypatch.setattr(training, "_check_network", check)
+    said = refused("Vanilla-cross-entropy.py", "--deterministic", "--output_dir", tmp_path)
+    assert "error: adaptive_avg_pool2d_backward_cuda does not have a determ" in said
+    assert "implementation on this device; leave --deterministic out" in said
+
+
+def test_a_terminal_without_greek_letters_shows_escapes():
+    code = "from utils.errors import run; run(lambda: print('ε'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, "\\u03b5\n"), ended.stderr
 
 
 def test_a_network_that_cannot_be_compiled_leaves_nothing(refuses, monkeypatch):
@@ -137,7 +162,7 @@ OF_ONE = {
         "--variant": ["ils3", "ILS2"],
         "--factor": ["cubic"],
         "--smoothing": ["-0.1", "1", "nan", "inf", "some"],
-        "--temperature": ["0", "-1", "nan", "inf", "warm"],
+        "--temperature": ["0", "-1", "1e-40", "nan", "inf", "warm"],
         "--shift": ["-0.1", "1.1", "nan"],
         "--slope": ["-1", "nan", "inf"],
         "--cap": ["-0.1", "1", "nan"],
@@ -145,7 +170,7 @@ OF_ONE = {
     },
     DISTILLATION: {
         "--alpha": ["-0.1", "1.1", "nan", "inf", "some"],
-        "--temperature": ["0", "-1", "nan", "inf", "warm"],
+        "--temperature": ["0", "-1", "1e30", "nan", "inf", "warm"],
         "--student": ["shallow"],
         "--scale_teacher": ["maybe"],
         "--teacher": [""],
@@ -189,6 +214,11 @@ def test_a_value_outside_its_range_is_named_with_the_range(script, flag, value, 
 )
 def test_a_misspelt_name_gets_the_nearest_one(script, flags, meant, refuses):
     assert f"did you mean {meant}?" in refuses(script, *flags)
+
+
+def test_a_misspelt_flag_gets_the_nearest_one(refuses):
+    error = refuses("Label-smoothing.py", "--smothing", 0.1, "--lr", 1)
+    assert "unrecognized arguments: --smothing 0.1; did you mean --smoothing?" in error
 
 
 @pytest.mark.parametrize("script", TRAINING)

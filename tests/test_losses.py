@@ -707,6 +707,8 @@ ERRORS = {
         "(2, 4)",
         "(3, 4)",
     ),
+    "an array": (lambda: label_smoothing_loss(Z.numpy(), Y), "ndarray", "a tensor"),
+    "labels in an array": (lambda: label_smoothing_loss(Z, Y.numpy()), "ndarray", "a tensor"),
     "targets of another teacher": (lambda: instance_based_targets(U[:2], Y), "(3,)", "(2,)"),
     "class without images": (
         lambda: class_average_logits(U, torch.tensor([0, 1, 3])),

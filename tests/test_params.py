@@ -254,6 +254,7 @@ def test_other_milestones_are_another_configuration(stepped, refused):
         (("--schedule", "constant", "--fall", 0.1), "--fall does nothing with"),
         (("--milestones", 30, 20), "--milestones 30 20 given"),
         (("--milestones", 20, 20), "--milestones 20 20 given"),
+        (("--epochs", 5, "--milestones", 3, 5), "--milestones 5 does nothing with --epochs 5"),
     ],
 )
 def test_milestones_that_cannot_be(flags, reason, refused, tmp_path):

@@ -16,6 +16,7 @@ from models import MODELS, canonical_name, from_timm, model_names
 from utils.checkpoint import MAX_SIDE
 from utils.data_loader import AUGMENTATIONS, PROTOCOLS, READERS
 from utils.errors import InputError
+from utils.evaluate import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from utils.image_files import AUTO, Streaming
 
 PARAMS = json.loads(Path(__file__).with_name("params.json").read_text())
@@ -50,6 +51,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         message = " ".join(message.split())
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        if near := unknown and get_close_matches(unknown[1], self._option_string_actions, 1):
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
 
@@ -80,6 +84,7 @@ positive_int = number(int, 1, 10**9)  # more would not fit into the machine, or 
 non_negative_int = number(int, 0, 10**9)
 positive_float = number(float, 0, float("inf"), open_low=True)
 non_negative_float = number(float, 0, float("inf"))
+temperatures = number(float, LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)  # logits / T is finite
 bins = number(int, 1, 10**6)
 resamples = number(int, 0, 10**6)
 
@@ -436,6 +441,10 @@ def settle(args: argparse.Namespace, method: str, dataset: str, model: str) -> a
     if milestones != sorted(set(milestones)):
         given = " ".join(map(str, milestones))
         raise InputError(f"--milestones {given} given, epochs one after the other expected")
+    if "milestones" in args.given and milestones[-1] >= args.epochs:
+        raise InputError(
+            f"--milestones {milestones[-1]} does nothing with --epochs {args.epochs}; less expected"
+        )
     if args.pretrained and not from_timm.is_timm(model):
         raise InputError(f"--pretrained loads timm's weights, of which {model} has none")
     tag = model.partition(".")[2]

@@ -199,14 +199,14 @@ def find_reference(rows: pd.DataFrame, name: str) -> dict[tuple, str]:
     if found.empty:
         there = ", ".join(sorted(set(rows["method"])))
         raise InputError(
-            f"--compare {name} given, but no network was trained so; one of {there}, or a "
+            f"--compare {name!r} given, but no network was trained so; one of {there}, or a "
             "training as the tables show it, expected"
         )
     for block, group in found.groupby(BLOCK):
         if group["training"].nunique() > 1:
             there = "; ".join(repr(setting) for setting in group["training"].unique())
             raise InputError(
-                f"--compare {name} given, which {', '.join(block)} has with several settings; one "
+                f"--compare {name!r} given, which {', '.join(block)} has with several settings; one "
                 f"of {there} expected"
             )
     return found.groupby(BLOCK)["training"].first().to_dict()
@@ -283,7 +283,7 @@ def compare(
                     }
                 )
     if not compared:
-        raise InputError(f"--compare {name} given, but nothing shares a seed with it")
+        raise InputError(f"--compare {name!r} given, but nothing shares a seed with it")
     return pd.DataFrame(compared)
 
 

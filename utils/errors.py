@@ -1,5 +1,6 @@
 """What is said when a script cannot go on: one line on stderr, and a telling exit status."""
 
+import io
 import os
 import re
 import shlex
@@ -113,29 +114,32 @@ _NO_MEMORY = re.compile(
 _ENDED = re.compile("gloo|nccl.*(remote process|abort|time[d ]*out)", re.IGNORECASE | re.DOTALL)
 
 
-def _of_the_machine(error: RuntimeError) -> tuple[str, int]:
+def _of_the_machine(error: RuntimeError | MemoryError) -> tuple[str, int]:
     """What is said, and the exit status, where memory is short, the GPU is one that this PyTorch
     was not made for, or another process has ended.
 
     Raises the error again if it is of anything else.
     """
-    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = str(error).partition("\n")[0]
+    if no_memory or _NO_MEMORY.search(str(error)):
         return (
-            f"error: {str(error).splitlines()[0][:300]}; smaller batches (--batch_size) or images, "
+            f"error: {said[:300] or 'out of memory'}; smaller batches (--batch_size) or images, "
             "or a smaller network, need less",
             2,
         )
     if "no kernel image is available" in str(error):
         return (
-            f"error: {str(error).splitlines()[0]}; a PyTorch made for this GPU, or --device cpu, "
-            "would do",
+            f"error: {said}; a PyTorch made for this GPU, or --device cpu, would do",
             2,
         )
+    if "does not have a deterministic implementation" in str(error):
+        return f"error: {said.partition(',')[0]} on this device; leave --deterministic out", 2
     if str(error).startswith("DataLoader worker"):  # by whom it was killed it says
         return f"error: {error}; fewer --workers, or 0, need less memory", 2
     if dist.is_initialized() and _ENDED.search(str(error)):
         return (
-            f"another process of this training has ended ({str(error).splitlines()[0]}); the same "
+            f"another process of this training has ended ({said}); the same "
             "command goes on from the last epoch that was saved",
             1,
         )
@@ -157,7 +161,7 @@ def _last_words(error: BaseException) -> tuple[str, int]:
             return f"stopped by {name}; {state}to continue: {again}", 128 + error.number
         case BrokenPipeError():
             return f"nobody reads the output any more; to continue: {again}", 128 + signal.SIGPIPE
-        case RuntimeError():
+        case RuntimeError() | MemoryError():
             return _of_the_machine(error)
         case _:
             raise error
@@ -191,6 +195,9 @@ def run(main: Callable[[], int | None]) -> None:
         else:
             sys.__unraisablehook__(unraisable)
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ε and Δ shows escapes
+            stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = repeat
     for number in STOPPING:
         signal.signal(number, stop)

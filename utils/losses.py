@@ -309,6 +309,8 @@ def _fractions(scores: Tensor, otherwise: float) -> Tensor:
 
 def _checked(logits: Tensor, targets: Tensor, name: str = "logits") -> Tensor:
     """``logits`` in at least float32, once shapes and types are known to be right."""
+    for given, what in ((logits, name), (targets, "targets")):
+        _require(isinstance(given, Tensor), f"type of {what}", type(given).__name__, "a tensor")
     shape = tuple(logits.shape)
     _require(len(shape) == 2 and shape[1] >= 2, f"shape of {name}", shape, "(N, K) with K >= 2")
     _require(targets.shape == shape[:1], "shape of targets", tuple(targets.shape), f"{shape[:1]}")
