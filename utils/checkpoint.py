@@ -33,6 +33,8 @@ from utils.data_loader import PROTOCOLS, READERS
 from utils.errors import InputError
 
 FORMAT = 2
+CANDIDATES = ("candidates", "kept-candidates")  # the folders of a search's trainings
+ROOT = Path(__file__).resolve().parent.parent  # of the project
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -403,7 +405,7 @@ def find(paths: list[str]) -> list[Path]:
             inside = sorted(
                 file
                 for file in path.rglob("best.pt")
-                if not {"candidates", "selection"} & {*file.relative_to(path).parts}
+                if not {*CANDIDATES, "selection"} & {*file.relative_to(path).parts}
             )
             if not inside:
                 raise InputError(f"no best.pt in the folder {path} or below it")
@@ -412,7 +414,8 @@ def find(paths: list[str]) -> list[Path]:
             found[path] = None
     for path in found:
         started, ended = (path.with_name(name).exists() for name in ("config.json", "metrics.json"))
-        if started and not ended and "candidates" not in path.parts:  # these have no metrics.json
+        of_a_search = {*CANDIDATES} & {*path.parts}  # these have no metrics.json
+        if started and not ended and not of_a_search:
             print(f"warning: {path}: its training has not ended", file=sys.stderr)
     return list(found)
 
@@ -430,11 +433,10 @@ def environment(device: torch.device) -> dict:
     """What a result may depend on besides its settings: versions, hardware, state of the code."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parent
         try:
             return subprocess.run(
-                ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
+                ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+            ).stdout.rstrip()
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
@@ -452,4 +454,17 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "commit": git("rev-parse", "HEAD"),
         "modified": git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "code": code(),
+    }
+
+
+def code() -> dict[str, str]:
+    """The SHA-256 of each of the project's files that this process runs: committed or not."""
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    paths = {Path(name).resolve() for name in (sys.argv[0], *filter(None, loaded))}
+    ours = [p for p in paths if p.parent in (ROOT, ROOT / "models", ROOT / "utils")]
+    return {
+        str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(ours)
+        if path.suffix == ".py" and path.is_file()  # modules of torch's claim other places
     }

@@ -7,6 +7,7 @@ made with other settings is ever mixed with them.
 import json
 import reprlib
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -77,8 +78,23 @@ def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:
         checkpoint.remove_temporaries(place)
     if overwrite:
         _remove_run(folder)
-    else:
-        check(folder, settings)
+        return
+    check(folder, settings)
+    if changed := _changed_code(folder / "config.json"):
+        print(
+            f"warning: since {folder} was trained, or begun, {', '.join(changed)} changed; "
+            "--overwrite trains it anew",
+            file=sys.stderr,
+        )
+
+
+def _changed_code(config: Path) -> list[str]:
+    """The files of this process that were others when the run was made."""
+    made_by = read_json(config).get("environment") if config.exists() else None
+    there = made_by.get("code") if isinstance(made_by, dict) else None
+    if not isinstance(there, dict):  # of a run without it
+        return []
+    return [name for name, digest in checkpoint.code().items() if there.get(name, digest) != digest]
 
 
 def check(folder: Path, settings: dict) -> None:

@@ -239,7 +239,8 @@ def train_trial(
     train, validation, test = map(len, trial.splits)
     print(
         f"\n{method} · {trial.data.name} · {trial.model_name} · seed {trial.seed} · {train} "
-        f"training, {validation} validation, {test} test images · {trial.device}",
+        f"training, {validation} validation, {test} test images · {trial.device} · "
+        f"{trial.recipe['precision']}",
         flush=True,
     )
     size = _check_network(trial)
@@ -471,7 +472,8 @@ def fit(
     progress = Progress()
     if (folder / "last.pt").exists():
         progress = _restore(folder / "last.pt", trial, model, optimizer, schedule)
-        print(f"continued after epoch {progress.epoch}, step {progress.step}", flush=True)
+        if not progress.finished(recipe):
+            print(f"continued after epoch {progress.epoch}, step {progress.step}", flush=True)
         if not distributed.is_first():  # steps that one process has done count once
             progress.terms = [(0, values) for _, values in progress.terms]
 
@@ -880,9 +882,11 @@ def _final_metrics(trial: Trial, folder: Path) -> dict:
 def _print_metrics(path: Path) -> None:
     metrics = run_folder.read_json(path)
     try:
+        fitted = "fitted to the validation split"
+        if metrics["validation"]["unscaled"]["accuracy"] == 1:
+            fitted = "not fitted: every validation image is right, the surer the better"
         lines = [
-            f"epoch {metrics['epoch']:d}, temperature {metrics['temperature']:.3f} fitted to "
-            "the validation split",
+            f"epoch {metrics['epoch']:d}, temperature {metrics['temperature']:.3f} {fitted}",
             f"{'':24}accuracy   log loss   ECE ({metrics['ece_bins']:d} bins)",
         ]
         for split in ("validation", "test"):
