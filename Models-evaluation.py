@@ -46,16 +46,18 @@ def main() -> int:
     # The same network given twice, as a file and in its folder, is still one seed.
     results = results.drop_duplicates(["weights", "training", "recipe", "split", "scaling"])
     results = tables.with_differences(results)
+    for warning in tables.counted_as_one(results):
+        print(f"warning: {warning}", file=sys.stderr)
     comparison.check_test_images(results)
     rows = tables.with_students(results)
 
-    images = samples(networks) if args.bootstrap or args.compare else {}
+    images = samples(networks) if args.bootstrap or args.compare is not None else {}
     bootstrap = None
     if args.bootstrap:
         bootstrap = comparison.Bootstrap(images, args.ece_bins, args.bootstrap)
         results = tables.with_intervals(results, bootstrap)
     compared, ranks, unequal = None, None, []
-    if args.compare:
+    if args.compare is not None:
         single = rows.drop_duplicates(["weights", "training", "scaling"])
         compared = comparison.compare(single, args.compare, images, bootstrap)
         ranks = comparison.rank(single)
@@ -64,8 +66,8 @@ def main() -> int:
             print(f"warning: {warning}", file=sys.stderr)
 
     folder = Path(args.output_dir)
+    tables.remove_earlier(folder, ("students", "comparison", "comparison_ranks", "figures"))
     checkpoint.write_text(folder / "results.csv", results.to_csv(index=False))
-    tables.remove_earlier(folder, ("students", "comparison", "comparison_ranks"))
     summary = tables.summarise(rows, bootstrap)
     texts = tables.write_all(folder, summary, compared, unequal, args.ece_bins, args.bootstrap)
     drawings = []
@@ -78,6 +80,8 @@ def main() -> int:
             networks, args.inspect, args.data_dir, args.device, folder, streaming(args)
         )
         drawings.append(drawing)
+    if drawings:
+        checkpoint.write_text(folder / "figures.md", plots.in_markdown(drawings))
     print("\n".join(texts.values()))
     if args.report:
         report.write(args.report, texts, drawings, networks)

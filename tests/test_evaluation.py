@@ -231,14 +231,16 @@ def test_several_networks_are_ranked(evaluate, make, tmp_path, digits):
             path = tmp_path / f"out/critical-difference-{metric}{scaled}"
             assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
             assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+            assert f"]({path.name}.png)\n" in (tmp_path / "out/figures.md").read_text()
     assert "| shallownet" in said.out
     assert "| simple_dense" in said.out
 
 
-def test_an_unknown_method_to_compare_with(evaluate, runs, tmp_path):
-    said = evaluate(runs, "--compare", "nobody", status=2)
+@pytest.mark.parametrize("name", ["nobody", ""])
+def test_an_unknown_method_to_compare_with(name, evaluate, runs, tmp_path):
+    said = evaluate(runs, "--compare", name, status=2)
     assert said.err.count("\n") == 1
-    assert "--compare nobody given" in said.err
+    assert f"--compare {name!r} given" in said.err
     assert "label-smoothing, vanilla" in said.err
     assert not (tmp_path / "out").exists()
 

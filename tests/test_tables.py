@@ -162,6 +162,37 @@ def test_the_best_of_each_block_is_bold_as_rounded():
     assert "Student log loss" not in cells  # nobody has a student
 
 
+def test_nothing_is_best_where_seeds_differ(tmp_path):
+    other = row("c", 1, 0.1, training="ls")
+    summary = summary_of(row("a", 0, 0.5), row("b", 1, 0.7), other, row("d", 1, 0.9, model="lenet"))
+    assert list(summary["seed_numbers"]) == ["0 1", "1", "1"]
+    cells = tables.summary_cells(summary, tables.MAIN)
+    assert [cell.best for cell in cells["Log loss"]] == [False, False, True]
+    said = tables.write_all(tmp_path, summary, None, [], 10)["Test split"]
+    assert "Rows of unequal seeds are not ranked" in said
+    said = tables.write_all(tmp_path, summary[1:], None, [], 10)["Test split"]
+    assert "unequal" not in said
+
+
+def test_a_student_of_a_student_stands_by_itself():
+    teacher, taught = row("a", 0, 0.2), student("s", 0, 0.6, "a")
+    again = student("t", 0, 0.8, "s", training="distilled twice")
+    summary = summary_of(teacher, taught, again).set_index("training")
+    assert summary.loc["vanilla", "student_ece_mean"] == 0.6
+    assert summary.loc["distilled twice", "ece_mean"] == 0.8
+
+
+def test_several_networks_of_one_seed_are_named():
+    rows = pd.DataFrame([
+        row("a", 0, 0.2, checkpoint="one"), row("a", 0, 0.2, checkpoint="one", scaling="yes"),
+        row("b", 0, 0.4, checkpoint="two"), row("c", 1, 0.4, checkpoint="three"),
+        student("s", 0, 0.1, "a", checkpoint="x"), student("t", 0, 0.5, "b", checkpoint="y"),
+    ])  # fmt: skip
+    assert tables.counted_as_one(rows) == [
+        "digits, resnet18: 2 networks of vanilla, seed 0, count as their mean: one, two"
+    ]
+
+
 def test_what_all_rows_share_is_said_once():
     cells = pd.DataFrame({"Data set": ["d"] * 2, "Student": ["s"] * 2, "Training": ["v"] * 2,
                           "Seeds": ["1", "2"], "ECE": [Measured("0.1")] * 2})  # fmt: skip

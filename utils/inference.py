@@ -120,6 +120,7 @@ class Evaluated:
         guided = teacher and not self.is_student
         return training["recipe"] | {
             "image_size": self.data["image_size"],
+            "trained_on": training["trained_on"],
             "requested": training["requested"] if selected else None,
             "select_by": training.get("select_by") if selected else None,
             "teacher": f"{teacher['model']} {teacher['method']}" if guided else None,

@@ -224,6 +224,15 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> D
     return drawing
 
 
+def in_markdown(drawings: Sequence[Drawing]) -> str:
+    """A page of the figures in one folder, each with its caption."""
+    parts = []
+    for drawing in drawings:
+        title, caption = map(tables.escape_markdown, (drawing.title, drawing.caption))
+        parts.append(f"**{title}.** {caption}\n\n![{title}]({drawing.png.name})\n")
+    return "\n".join(parts)
+
+
 def slugify(text: str) -> str:
     """A file name of lower-case letters, digits and single hyphens, whatever the text."""
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:80].strip("-") or "unnamed"
@@ -368,7 +377,8 @@ def _reliability_panel(axes, below, method: Method, scaling: str, bins: int) -> 
     below.bar(lefts, binned.count, facecolor="0.75", **bar)
     below.set_yscale("log")
     most = len(method.runs[0].labels["test"])
-    below.set(ylim=(0.5, 2 * most), xlabel="Confidence", xticks=[0, 0.5, 1])
+    # Below the bar of a bin that has one image in one of the seeds.
+    below.set(ylim=(0.5 / len(method.runs), 2 * most), xlabel="Confidence", xticks=[0, 0.5, 1])
     below.set_xticklabels(["0", "0.5", "1"])
     ticks = [10**power for power in range(0, 9, 2) if 10**power <= most]
     below.set_yticks(ticks)
@@ -433,7 +443,7 @@ CURVES_CAPTION = (
     "different quantities and not to be compared in height."
 )
 CURVES = {
-    "train_loss": "Training loss (each method's own)",
+    "train_loss": "Training loss, each its own",
     "validation_log_loss": "Validation log loss",
     "validation_accuracy": "Validation accuracy (%)",
     "validation_ece": "Validation ECE",

@@ -16,6 +16,7 @@ import pandas as pd
 
 from utils.checkpoint import write_text
 from utils.comparison import BLOCK, Bootstrap, differing
+from utils.errors import InputError
 
 METRICS = [
     "accuracy",
@@ -118,6 +119,22 @@ def with_differences(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def counted_as_one(rows: pd.DataFrame) -> list[str]:
+    """What is to be said of several networks of one setting and seed, a sentence each.
+
+    rows: with_differences. Students are told apart by their teachers.
+    """
+    said = []
+    networks = rows[rows["teacher"].isna()].drop_duplicates("weights")
+    for (*block, training, seed), group in networks.groupby([*BLOCK, "training", "seed"]):
+        if len(group) > 1:
+            said.append(
+                f"{', '.join(block)}: {len(group)} networks of {training}, seed {seed}, count as "
+                f"their mean: {', '.join(group['checkpoint'])}"
+            )
+    return said
+
+
 def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     """The test rows of networks, each beside the students that were distilled from it.
 
@@ -125,10 +142,11 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     of the students that were taught without or with temperature scaling, as the row's own
     `scaling` says: their means, as student_<metric>, and the hashes of their weights, as
     `student_weights` (a list). `student` tells students of several networks or settings apart; it
-    is "" without one. A student whose teacher is not among the rows stands as a network of its own.
+    is "" without one. A student whose teacher is not among the rows, or is a student itself, stands
+    as a network of its own.
     """
     test = rows[rows["split"] == "test"]
-    is_student = test["teacher"].isin(test["weights"])
+    is_student = test["teacher"].isin(test.loc[test["teacher"].isna(), "weights"])
     students = test[is_student & (test["scaling"] == "no")]
     students = students.assign(student=students["model"] + students["student_setting"])
     taught = students.groupby(
@@ -151,10 +169,10 @@ def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.Data
     """Mean and sample standard deviation over seeds, a row for each setting and scaling.
 
     rows: what with_students returns. <metric>_mean and <metric>_std (NaN for one seed) of METRICS,
-    of student_<metric> and of temperature and class_similarity; `seeds` counts the seeds, and
-    `student_seeds` those that have students. Several networks of one seed count as their mean. With
-    a bootstrap <metric>_low and _high (95 %) for comparison.METRICS, of the networks and of their
-    students.
+    of student_<metric> and of temperature and class_similarity; `seeds` counts the seeds,
+    `seed_numbers` names them, and `student_seeds` counts those that have students. Several networks
+    of one seed count as their mean. With a bootstrap <metric>_low and _high (95 %) for
+    comparison.METRICS, of the networks and of their students.
     """
     keys = [*BLOCK, "training", "scaling", "student"]
     numbers = [*METRICS, "temperature", "class_similarity"]
@@ -165,6 +183,7 @@ def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.Data
         seeds = group.groupby("seed")[numbers].mean()
         row = dict(zip(keys, key, strict=True)) | {
             "seeds": len(seeds),
+            "seed_numbers": " ".join(map(str, seeds.index)),
             "student_seeds": group.loc[group["student_weights"].notna(), "seed"].nunique(),
             "ece_bins": group["ece_bins"].iloc[0],
         }
@@ -211,6 +230,8 @@ def _intervals(group: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, tuple[flo
 def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFrame:
     """A summary as a table for people: mean ± sd [low, high], the best of each block in bold.
 
+    No best where `of_unequal_seeds`: the difference may be that of the seeds.
+
     shown: MAIN, or STUDENTS, which is of the rows that have a student. Columns without any value
     are left out.
     """
@@ -232,18 +253,27 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
         cells["Student seeds"] = summary["student_seeds"].astype(str)
     if summary["student"].nunique() > 1 + ("" in set(summary["student"])) or shown is STUDENTS:
         cells["Student"] = summary["student"]
-    blocks = [summary[key] for key in BLOCK]
+    blocks, unequal = [summary[key] for key in BLOCK], of_unequal_seeds(summary)
     for name, column in shown.items():
         mean = summary[f"{name}_mean"]
         if mean.isna().all():
             continue
         rounded = (column.factor * mean).round(column.digits)
-        best = rounded == rounded.groupby(blocks).transform(column.best or "min")
+        best = (rounded == rounded.groupby(blocks).transform(column.best or "min")) & ~unequal
         cells[column.heading.format(summary["ece_bins"].iloc[0])] = [
             _measured(column, row, name, is_best and column.best is not None)
             for is_best, (_, row) in zip(best, summary.iterrows(), strict=True)
         ]
     return cells
+
+
+def of_unequal_seeds(summary: pd.DataFrame) -> pd.Series:
+    """Of each row whether others of its data set and network have been measured on other seeds."""
+    blocks = [summary[key] for key in BLOCK]
+    taught = summary["student_seeds"].where(summary["student"] != "")
+    return (summary["seed_numbers"].groupby(blocks).transform("nunique") > 1) | (
+        taught.groupby(blocks).transform("nunique") > 1
+    )
 
 
 def _measured(column: Shown, row: pd.Series, name: str, best: bool) -> Measured:
@@ -396,7 +426,11 @@ def remove_earlier(folder: Path, names: tuple[str, ...]) -> None:
     stand beside those of other networks."""
     for name in names:
         for suffix in (".csv", ".md", ".tex"):
-            (folder / f"{name}{suffix}").unlink(missing_ok=True)
+            path = folder / f"{name}{suffix}"
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot remove the earlier {path}: {error.strerror}") from None
 
 
 def write(folder: Path, name: str, table: pd.DataFrame, cells: pd.DataFrame, caption: str) -> str:
@@ -427,6 +461,8 @@ def write_all(
     spread = "mean ± sample standard deviation over seeds"
     spread += f", [95 % interval of {replicates} bootstraps]" * bool(replicates)
     rule = ece_rule(ece_bins)
+    if of_unequal_seeds(summary).any():
+        rule += " Rows of unequal seeds are not ranked: none of them is bold."
     caption = (
         f"Test split; temperature fitted to the validation split; {spread}. {rule} By chance: the "
         "ECE of a perfectly calibrated network with these confidences."
