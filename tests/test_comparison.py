@@ -266,7 +266,7 @@ def test_the_reference_is_a_method_or_a_training():
     two = {0: 0.2, 1: 0.4}
     rows = table({"vanilla": {0: 0.1, 1: 0.2}, "focal, 1": two, "focal, 2": two})
     assert set(comparison.compare(rows, "focal, 1", {})["reference"]) == {"focal, 1"}
-    with pytest.raises(InputError, match=r"--compare nobody given.*one of focal, vanilla,"):
+    with pytest.raises(InputError, match=r"--compare 'nobody' given.*one of focal, vanilla,"):
         comparison.compare(rows, "nobody", {})
     with pytest.raises(InputError, match="several settings; one of 'focal, 1'; 'focal, 2'"):
         comparison.compare(rows, "focal", {})
