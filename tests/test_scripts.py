@@ -179,7 +179,7 @@ def test_the_summary_is_mean_and_sample_deviation_with_the_students_beside(runs)
     markdown = (folder / "evaluation/summary.md").read_text()
     assert markdown in said["evaluate"].out
     assert "ECE (10 bins)" in markdown
-    assert "Rows of unequal seeds are not ranked" in markdown  # label relaxation has one seed
+    assert "Numbers of unequal seeds are not ranked" in markdown  # label relaxation has one seed
     assert "±" in markdown
 
 

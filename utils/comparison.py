@@ -206,8 +206,8 @@ def find_reference(rows: pd.DataFrame, name: str) -> dict[tuple, str]:
         if group["training"].nunique() > 1:
             there = "; ".join(repr(setting) for setting in group["training"].unique())
             raise InputError(
-                f"--compare {name!r} given, which {', '.join(block)} has with several settings; one "
-                f"of {there} expected"
+                f"--compare {name!r} given, which {', '.join(block)} has with several settings; "
+                f"one of {there} expected"
             )
     return found.groupby(BLOCK)["training"].first().to_dict()
 

@@ -170,9 +170,9 @@ def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.Data
 
     rows: what with_students returns. <metric>_mean and <metric>_std (NaN for one seed) of METRICS,
     of student_<metric> and of temperature and class_similarity; `seeds` counts the seeds,
-    `seed_numbers` names them, and `student_seeds` counts those that have students. Several networks
-    of one seed count as their mean. With a bootstrap <metric>_low and _high (95 %) for
-    comparison.METRICS, of the networks and of their students.
+    `seed_numbers` names them, and `student_seeds` and `student_seed_numbers` those that have
+    students. Several networks of one seed count as their mean. With a bootstrap <metric>_low and
+    _high (95 %) for comparison.METRICS, of the networks and of their students.
     """
     keys = [*BLOCK, "training", "scaling", "student"]
     numbers = [*METRICS, "temperature", "class_similarity"]
@@ -181,10 +181,12 @@ def summarise(rows: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.Data
     summary = []
     for key, group in rows.groupby(keys, sort=False):
         seeds = group.groupby("seed")[numbers].mean()
+        taught = group[group["student_weights"].notna()]["seed"].unique()
         row = dict(zip(keys, key, strict=True)) | {
             "seeds": len(seeds),
             "seed_numbers": " ".join(map(str, seeds.index)),
-            "student_seeds": group.loc[group["student_weights"].notna(), "seed"].nunique(),
+            "student_seeds": len(taught),
+            "student_seed_numbers": " ".join(map(str, sorted(taught))),
             "ece_bins": group["ece_bins"].iloc[0],
         }
         intervals = _intervals(group, bootstrap) if bootstrap else {}
@@ -230,7 +232,7 @@ def _intervals(group: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, tuple[flo
 def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFrame:
     """A summary as a table for people: mean ± sd [low, high], the best of each block in bold.
 
-    No best where `of_unequal_seeds`: the difference may be that of the seeds.
+    No best among numbers `of_unequal_seeds`: the difference may be that of the seeds.
 
     shown: MAIN, or STUDENTS, which is of the rows that have a student. Columns without any value
     are left out.
@@ -253,13 +255,14 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
         cells["Student seeds"] = summary["student_seeds"].astype(str)
     if summary["student"].nunique() > 1 + ("" in set(summary["student"])) or shown is STUDENTS:
         cells["Student"] = summary["student"]
-    blocks, unequal = [summary[key] for key in BLOCK], of_unequal_seeds(summary)
+    blocks = [summary[key] for key in BLOCK]
     for name, column in shown.items():
         mean = summary[f"{name}_mean"]
         if mean.isna().all():
             continue
         rounded = (column.factor * mean).round(column.digits)
-        best = (rounded == rounded.groupby(blocks).transform(column.best or "min")) & ~unequal
+        best = rounded == rounded.groupby(blocks).transform(column.best or "min")
+        best &= ~of_unequal_seeds(summary, name)
         cells[column.heading.format(summary["ece_bins"].iloc[0])] = [
             _measured(column, row, name, is_best and column.best is not None)
             for is_best, (_, row) in zip(best, summary.iterrows(), strict=True)
@@ -267,13 +270,11 @@ def summary_cells(summary: pd.DataFrame, shown: dict[str, Shown]) -> pd.DataFram
     return cells
 
 
-def of_unequal_seeds(summary: pd.DataFrame) -> pd.Series:
-    """Of each row whether others of its data set and network have been measured on other seeds."""
-    blocks = [summary[key] for key in BLOCK]
-    taught = summary["student_seeds"].where(summary["student"] != "")
-    return (summary["seed_numbers"].groupby(blocks).transform("nunique") > 1) | (
-        taught.groupby(blocks).transform("nunique") > 1
-    )
+def of_unequal_seeds(summary: pd.DataFrame, name: str) -> pd.Series:
+    """Of each row whether this metric of others of its block has been measured on other seeds."""
+    seeds = "student_seed_numbers" if name.startswith("student_") else "seed_numbers"
+    measured = summary[seeds].where(summary[f"{name}_mean"].notna())
+    return measured.groupby([summary[key] for key in BLOCK]).transform("nunique") > 1
 
 
 def _measured(column: Shown, row: pd.Series, name: str, best: bool) -> Measured:
@@ -461,8 +462,9 @@ def write_all(
     spread = "mean ± sample standard deviation over seeds"
     spread += f", [95 % interval of {replicates} bootstraps]" * bool(replicates)
     rule = ece_rule(ece_bins)
-    if of_unequal_seeds(summary).any():
-        rule += " Rows of unequal seeds are not ranked: none of them is bold."
+    shown = [name for name in ("accuracy", "student_accuracy") if f"{name}_mean" in summary]
+    if any(of_unequal_seeds(summary, name).any() for name in shown):
+        rule += " Numbers of unequal seeds are not ranked: none of them is bold."
     caption = (
         f"Test split; temperature fitted to the validation split; {spread}. {rule} By chance: the "
         "ECE of a perfectly calibrated network with these confidences."
