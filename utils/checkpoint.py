@@ -34,7 +34,7 @@ from utils.errors import InputError
 
 FORMAT = 2
 CANDIDATES = ("candidates", "kept-candidates")  # the folders of a search's trainings
-ROOT = Path(__file__).resolve().parent.parent  # of the project
+ROOT = Path(__file__).parent.parent  # of the project
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -460,11 +460,11 @@ def environment(device: torch.device) -> dict:
 
 def code() -> dict[str, str]:
     """The SHA-256 of each of the project's files that this process runs: committed or not."""
-    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    paths = {Path(name).resolve() for name in (sys.argv[0], *filter(None, loaded))}
-    ours = [p for p in paths if p.parent in (ROOT, ROOT / "models", ROOT / "utils")]
+    loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    names = {os.path.abspath(sys.argv[0]), *filter(None, loaded)}
+    ours = sorted(Path(name) for name in names if name.startswith(f"{ROOT}{os.sep}"))
     return {
         str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(ours)
-        if path.suffix == ".py" and path.is_file()  # modules of torch's claim other places
+        for path in ours
+        if path.parent in (ROOT, ROOT / "models", ROOT / "utils") and path.suffix == ".py"
     }

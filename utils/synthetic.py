@@ -204,8 +204,8 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
                     continue
                 row = {"reference": reference, "method": method, "scaling": scaling}
                 interval = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-                for name, *values in zip(SHOWN, difference.mean(), *interval, strict=True):
-                    row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+                for name, *three in zip(SHOWN, difference.mean(), *interval, strict=True):
+                    row |= dict(zip((name, f"{name}_low", f"{name}_high"), three, strict=True))
                 compared.append(row)
     return pd.DataFrame(compared)
 
