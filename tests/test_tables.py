@@ -174,12 +174,15 @@ def test_nothing_is_best_where_seeds_differ(tmp_path):
     assert "unequal" not in said
 
 
-def test_students_of_equal_seeds_are_ranked_though_their_teachers_are_not():
+def test_students_of_equal_seeds_are_ranked_though_their_teachers_are_not(tmp_path):
     taught = student("s", 0, 0.9, "a"), student("t", 0, 0.7, "c")
     rows = row("a", 0, 0.5), row("b", 1, 0.7), row("c", 0, 0.1, training="ls")
     cells = tables.summary_cells(summary_of(*rows, *taught), tables.MAIN)
     assert [cell.best for cell in cells["Log loss"]] == [False, False]
     assert [cell.best for cell in cells["Student log loss"]] == [False, True]
+    said = tables.write_all(tmp_path, summary_of(*rows, *taught), None, [], 10)
+    assert "unequal" in said["Test split"]
+    assert "unequal" not in said["Students"]
 
 
 def test_a_student_of_a_student_stands_by_itself():

@@ -277,6 +277,13 @@ def of_unequal_seeds(summary: pd.DataFrame, name: str) -> pd.Series:
     return measured.groupby([summary[key] for key in BLOCK]).transform("nunique") > 1
 
 
+def _unranked(summary: pd.DataFrame, shown: dict[str, Shown]) -> str:
+    """What a caption says of numbers among which `summary_cells` names no best."""
+    ranked = [name for name, column in shown.items() if column.best and f"{name}_mean" in summary]
+    unequal = any(of_unequal_seeds(summary, name).any() for name in ranked)
+    return " Numbers of unequal seeds are not ranked: none of them is bold." * unequal
+
+
 def _measured(column: Shown, row: pd.Series, name: str, best: bool) -> Measured:
     if pd.isna(row[f"{name}_mean"]):
         return Measured("")
@@ -462,12 +469,9 @@ def write_all(
     spread = "mean ± sample standard deviation over seeds"
     spread += f", [95 % interval of {replicates} bootstraps]" * bool(replicates)
     rule = ece_rule(ece_bins)
-    shown = [name for name in ("accuracy", "student_accuracy") if f"{name}_mean" in summary]
-    if any(of_unequal_seeds(summary, name).any() for name in shown):
-        rule += " Numbers of unequal seeds are not ranked: none of them is bold."
     caption = (
         f"Test split; temperature fitted to the validation split; {spread}. {rule} By chance: the "
-        "ECE of a perfectly calibrated network with these confidences."
+        f"ECE of a perfectly calibrated network with these confidences.{_unranked(summary, MAIN)}"
     )
     cells = summary_cells(summary, MAIN)
     texts["Test split"] = write(folder, "summary", summary, cells, caption)
@@ -478,6 +482,7 @@ def write_all(
             f"Students on the test split, unscaled, beside their teachers (scaled: by the "
             f"temperature); {spread}. {rule} Similarity kept: the share of the variation of the "
             "teacher's logits that tells which other classes an image resembles."
+            f"{_unranked(students, STUDENTS)}"
         )
         cells = summary_cells(students, STUDENTS)
         texts["Students"] = write(folder, "students", students, cells, caption)
