@@ -119,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--compare",
+        type=training_name,
         nargs="?",
         const="vanilla",
         metavar="METHOD",
@@ -158,6 +159,15 @@ def parse_arguments() -> argparse.Namespace:
     if args.tsne_classes and not args.plots:
         parser.error("--tsne_classes does nothing without --plots")
     return args
+
+
+def training_name(text: str) -> str:
+    """A type for argparse: a method or a training; not the first of the checkpoints' paths."""
+    if "/" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given, which is a path; a method expected, as in `--compare vanilla {text}`"
+        )
+    return text
 
 
 def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:

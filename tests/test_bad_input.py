@@ -178,6 +178,7 @@ OF_ONE = {
     EVALUATION: {
         "--ece_bins": SHARED["--ece_bins"],
         "--bootstrap": ["-1", "some", "9" * 13],
+        "--compare": ["runs/digits"],
         "--device": SHARED["--device"],
         "--output_dir": [""],
         "--data_dir": [""],
