@@ -4,7 +4,8 @@ Every method and seed is a search: one training for each combination of the meth
 which the best on the validation split is kept (--protocol ils) or trained again on training and
 validation split (--protocol lr). At the end the table of Models-evaluation.py comes out, and one of
 the selected values. The same command again goes on where it was stopped; the same command on other
-machines, with a --storage that all of them reach, shares the work. See docs/studies.md.
+machines, with a --storage and an --output_dir that all of them reach, shares the work. See
+docs/studies.md.
 
 A method is the name of its script, or its first words, or the path of your own; in quotes with
 flags of that script, for values of your own:

@@ -149,8 +149,8 @@ def parse_arguments() -> argparse.Namespace:
         "--inspect",
         type=int,
         metavar="INDEX",
-        help="show what each method asks of the network for this image of the test split, counted "
-        "from 0 (default: off)",
+        help="show what the papers' losses ask of the network for this image of the test split, "
+        "counted from 0 (default: off)",
     )
     add_evaluation_flags(parser)
     args = parser.parse_args()
