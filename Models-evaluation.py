@@ -50,6 +50,9 @@ def main() -> int:
         print(f"warning: {warning}", file=sys.stderr)
     comparison.check_test_images(results)
     rows = tables.with_students(results)
+    single = rows.drop_duplicates(["weights", "training", "scaling"])
+    if args.compare is not None:
+        comparison.find_reference(single, args.compare)  # refused before the resamples
 
     images = samples(networks) if args.bootstrap or args.compare is not None else {}
     bootstrap = None
@@ -58,7 +61,6 @@ def main() -> int:
         results = tables.with_intervals(results, bootstrap)
     compared, ranks, unequal = None, None, []
     if args.compare is not None:
-        single = rows.drop_duplicates(["weights", "training", "scaling"])
         compared = comparison.compare(single, args.compare, images, bootstrap)
         ranks = comparison.rank(single)
         unequal = comparison.unequal_recipes(single, compared)
@@ -217,7 +219,7 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
         labels = evaluated.labels[split]
         similarity = comparison.class_similarity(logits, labels)
         for scaling, temperature in evaluated.temperatures.items():
-            scaled = logits.double() / temperature
+            scaled = evaluated.scaled(split, scaling)
             rows.append(
                 {
                     **about,
@@ -237,12 +239,10 @@ def samples(networks: list[Evaluated]) -> dict[comparison.Run, tuple]:
     return {
         (network.weights_hash, scaling): (
             network.data["splits"]["test"],
-            comparison.per_image(
-                network.logits["test"].double() / temperature, network.labels["test"]
-            ),
+            comparison.per_image(network.scaled("test", scaling), network.labels["test"]),
         )
         for network in networks
-        for scaling, temperature in network.temperatures.items()
+        for scaling in network.temperatures
     }
 
 

@@ -2,12 +2,14 @@
 
     python results/join.py results/fashionmnist-densenet-8-epochs
 
-reads the results.csv of each folder below the one given, and writes there what
-`Models-evaluation.py --compare` would of all their networks together. Intervals of the bootstrap,
-which need each image, and figures stay in the folders below.
+reads the results.csv of each folder below the one given, and writes there the tables of
+`Models-evaluation.py --compare` of all their networks together: trainings of one name are one, and
+what their recipes differ in is said. Intervals of the bootstrap, which need each image, and figures
+stay in the folders below.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +25,16 @@ def join(folder: Path, left_out: list[str]) -> None:
     parts = [pd.read_csv(path) for path in sorted(folder.glob("*/results.csv"))]
     results = pd.concat(parts).filter(regex="^(?!.*_(low|high)$)")
     results = results[~results["training"].isin(left_out)].sort_values("seed", kind="stable")
+    comparison.check_test_images(results)
+    for warning in tables.counted_as_one(results):
+        print(f"warning: {warning}", file=sys.stderr)
+    for (*block, training), same in results.groupby([*comparison.BLOCK, "training"]):
+        if keys := comparison.differing([*map(json.loads, same["recipe"])]):
+            print(
+                f"warning: {', '.join(block)}: what is joined as {training} differs in "
+                f"{', '.join(keys)}",
+                file=sys.stderr,
+            )
     results.to_csv(folder / "results.csv", index=False)
     rows = tables.with_students(results)
     single = rows.drop_duplicates(["weights", "training", "scaling"])

@@ -345,6 +345,17 @@ def test_ranks_over_blocks_with_the_friedman_test():
     assert comparison.rank(rows[rows["training"] == "m0"]).empty
 
 
+def test_ranks_are_of_the_seeds_that_all_methods_have():
+    """Over all its seeds m0 would be the better one; on the seed of both it is the worse."""
+    rows = pd.concat(
+        table({"m0": {0: 0.5, 1: 0.9, 2: 0.9}, "m1": {0: 0.6}}, dataset=dataset)
+        for dataset in ("d0", "d1")
+    )
+    found = comparison.rank(rows)
+    found = found[found["metric"] == "accuracy"].set_index("training")
+    assert dict(found["average_rank"]) == {"m1": 1, "m0": 2}
+
+
 def test_the_diagram_names_all_methods_within_its_borders():
     names = ["vanilla", "a_$b^c$, x 0.1", "instance-based-ils2, smoothing 0.1, temperature 1", "d"]
     figure = plots.critical_difference_diagram(names, [3.1, 2.0, 2.9, 1.96], 1.25, "Title")

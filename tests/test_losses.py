@@ -709,6 +709,22 @@ ERRORS = {
     ),
     "an array": (lambda: label_smoothing_loss(Z.numpy(), Y), "ndarray", "a tensor"),
     "labels in an array": (lambda: label_smoothing_loss(Z, Y.numpy()), "ndarray", "a tensor"),
+    "a teacher in an array": (lambda: distillation_loss(Z, Y, U.numpy()), "ndarray", "a tensor"),
+    "a teacher in a list": (
+        lambda: instance_based_smoothing_loss(Z, Y, U.tolist()),
+        "list",
+        "a tensor",
+    ),
+    "targets of a teacher in an array": (
+        lambda: instance_based_targets(U.numpy(), Y),
+        "ndarray",
+        "a tensor",
+    ),
+    "class averages of an array": (
+        lambda: class_average_logits(U.numpy(), Y),
+        "ndarray",
+        "a tensor",
+    ),
     "targets of another teacher": (lambda: instance_based_targets(U[:2], Y), "(3,)", "(2,)"),
     "class without images": (
         lambda: class_average_logits(U, torch.tensor([0, 1, 3])),

@@ -92,7 +92,7 @@ def test_a_temperature_that_was_not_fitted_is_not_called_so(capsys, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "test": scalings}))
     training._print_metrics(tmp_path / "metrics.json")
     said = capsys.readouterr().out
-    assert "temperature 1.000 not fitted: every validation image is right" in said
+    assert "temperature 1.000 not fitted: every validation label has the largest logit" in said
 
 
 def test_a_run_leaves_the_files_that_are_promised(runs):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from conftest import ROOT, run_here, same_bits, start
 from optuna.trial import TrialState
 
 from utils import checkpoint, methods, study
+from utils.errors import Stopped
 from utils.methods import Range
 from utils.run_folder import exclusive
 
@@ -250,7 +252,7 @@ def test_what_diverges_has_failed_and_is_neither_selected_nor_tried_again(
     assert " trial " not in here(*several)
     # Nothing is left when all of them do.
     out = here(*flags, f"{own} --scale 1e38", "--output_dir", tmp_path / "none", status=1)
-    assert "scaled/seed0: no network, every training of it or its teacher diverged" in out
+    assert "scaled/seed0: no network, its trainings or those of its teacher diverged" in out
     assert not list((tmp_path / "none").rglob("metrics.json"))
 
 
@@ -401,6 +403,39 @@ def test_a_worker_that_died_while_it_took_a_trial_leaves_it_to_others(
     here(*flags)
     [found] = trials(tmp_path / "study.db").values()
     assert [trial.state for trial in found] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_worker_that_is_stopped_before_a_training_begins_gives_it_back(
+    here, without_tables, tmp_path, monkeypatch
+):
+    pytest.importorskip("tensorboard")
+
+    def stop(*_):
+        raise Stopped(signal.SIGINT, saved=False)
+
+    flags = (*SMALL, "--methods", "vanilla", "--epochs", 1, "--output_dir", tmp_path / "runs")
+    flags = (*flags, "--tensorboard", tmp_path / "board")
+    with monkeypatch.context() as patch:
+        patch.setattr(study.tracking.TensorBoard, "start", stop)
+        here(*flags, status=128 + signal.SIGINT)
+    [[left]] = trials(tmp_path / "runs/study.db").values()
+    assert left.state == TrialState.FAIL
+    assert "waiting" not in here(*flags)
+
+
+def test_what_a_study_trained_with_other_code_is_pointed_out(here, without_tables, tmp_path):
+    flags = (*SMALL, "--methods", "label-smoothing --smoothing 0.1", "--epochs", 1)
+    flags = (*flags, "--output_dir", tmp_path)
+    assert "warning" not in here(*flags)
+    config = tmp_path / "digits/simple_dense/label-smoothing/seed0/config.json"
+    content = json.loads(config.read_text())
+    code = content["environment"]["code"]
+    assert {"Hyperparameter-study.py", "Label-smoothing.py"} <= code.keys()
+    code["Label-smoothing.py"] = "0" * 64
+    config.write_text(json.dumps(content))
+    said = here(*flags)
+    assert f"warning: since {config.parent} was trained, or begun, Label-smoothing.py" in said
+    assert "1 of 1 selected and tested" in said
 
 
 def test_mlflow_and_tensorboard_are_told_of_every_training(here, tmp_path):

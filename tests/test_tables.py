@@ -75,6 +75,18 @@ def test_students_that_were_trained_differently_are_told_apart():
     }
 
 
+def test_students_of_different_methods_are_told_apart_too():
+    other = json.dumps({"lr": 0.01})
+    smoothed = row("b", 0, 0.3, training="label-smoothing", method="label-smoothing")
+    taught = (
+        student("s", 0, 0.9, teacher="a", training="distilled-vanilla"),
+        student("t", 0, 0.1, teacher="b", training="distilled-label-smoothing", recipe=other),
+    )
+    summary = summary_of(row("a", 0, 0.2), smoothed, *taught).set_index("training")
+    assert summary.loc["vanilla", "student"] == "shallownet, alpha 0.9, lr 0.1"
+    assert summary.loc["label-smoothing", "student"] == "shallownet, alpha 0.9, lr 0.01"
+
+
 def test_mean_and_sample_deviation_over_seeds_by_hand():
     summary = summary_of(row("a", 0, 0.2), row("b", 1, 0.3), row("c", 2, 0.7))
     assert summary["ece_mean"].item() == pytest.approx(0.4)
@@ -201,6 +213,13 @@ def test_several_networks_of_one_seed_are_named():
     ])  # fmt: skip
     assert tables.counted_as_one(rows) == [
         "digits, resnet18: 2 networks of vanilla, seed 0, count as their mean: one, two"
+    ]
+    # Students whose teachers are not there stand by themselves, and count as one.
+    alone = pd.DataFrame(
+        [student("s", 0, 0.1, "a", checkpoint="x"), student("t", 0, 0.5, "b", checkpoint="y")]
+    )
+    assert tables.counted_as_one(alone) == [
+        "digits, shallownet: 2 networks of distilled, seed 0, count as their mean: x, y"
     ]
 
 

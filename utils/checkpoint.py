@@ -111,11 +111,13 @@ def copy_file(source: Path, target: Path) -> None:
 
 @dataclass
 class Checkpoint:
-    """A trained network and where it comes from. See `contents` for the fields."""
+    """A trained network and where it comes from."""
 
     path: Path
     model: nn.Module
-    training: dict  # method, hyper_parameters, requested, seed, epoch, recipe, trained_on
+    # method, hyper_parameters, requested, seed, epoch, recipe, trained_on, selected_on,
+    # temperature_fitted_on; of a search select_by
+    training: dict
     # dataset, classes, image_size, protocol, tr_size, seed, fingerprint, splits, normalisation,
     # input_shape
     data: dict

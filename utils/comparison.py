@@ -288,8 +288,9 @@ def compare(
 
 
 def differing(recipes: Sequence[dict]) -> list[str]:
-    """The settings in which recipes are not all alike, in the order of the first."""
-    return [key for key in recipes[0] if len({str(recipe.get(key)) for recipe in recipes}) > 1]
+    """The settings in which recipes are not all alike, in the order in which they first appear."""
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if len({str(recipe.get(key)) for recipe in recipes}) > 1]
 
 
 # In what the recipes of methods differ by their nature. The tables name them.
@@ -403,8 +404,9 @@ def cliques(ranks: Sequence[float], difference: float) -> list[list[int]]:
 def rank(rows: pd.DataFrame) -> pd.DataFrame:
     """Average ranks over all data sets and networks (blocks), a row for each metric and method.
 
-    rows: as for `compare`. A method is ranked by its mean over seeds; only methods that every
-    block has are ranked. Empty if that leaves fewer than two methods or two blocks. Columns:
+    rows: as for `compare`. Only methods that every block has are ranked, by their means over the
+    seeds that all of them have; several networks of a seed count as their mean. Empty if that
+    leaves fewer than two methods or two blocks. Columns:
     scaling, metric, training, average_rank, blocks, friedman_chi2 and friedman_p (Friedman test,
     corrected for ties; needs three methods), critical_difference (Nemenyi, 5 %). Demšar 2006.
 
@@ -414,8 +416,9 @@ def rank(rows: pd.DataFrame) -> pd.DataFrame:
     ranked = []
     for scaling, group in rows.groupby("scaling", sort=False):
         for metric in METRICS:
-            scores = group.pivot_table(index=BLOCK, columns="training", values=metric)
-            scores = scores.dropna(axis="columns")
+            seeds = group.pivot_table(index=[*BLOCK, "seed"], columns="training", values=metric)
+            everywhere = seeds.groupby(BLOCK).count().all()
+            scores = seeds.loc[:, everywhere].dropna().groupby(BLOCK).mean()
             blocks, methods = scores.shape
             if blocks < 2 or methods < 2:
                 continue

@@ -307,16 +307,16 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 
     - g >= 0 already at T = 1e6: the logits say nothing about the labels, or mislead, and the
       best prediction is the uniform one. Returns 1e6.
-    - Every label has the largest logit of its row: the log loss falls all the way to T = 0, so no
-      minimum exists. Returns 1.0 and warns: infinite certainty would be an artefact of a finite
-      sample.
+    - Every label has the largest logit of its row, alone or tied: the log loss never rises towards
+      T = 0, so there is no one minimum. Returns 1.0 and warns: infinite certainty would be an
+      artefact of a finite sample.
     - g < 0 still at T = 1e-6, for logits of next to no spread. Returns 1e-6.
     """
     # _chunks subtracts each row's largest logit: a label that has it is left with 0.
     if all(float(z.gather(1, y[:, None]).min()) == 0 for _, z, y, _ in _chunks(logits, labels)):
         warnings.warn(
-            "fit_temperature: every label has the largest logit, so the log loss has no minimum "
-            "(it falls until T = 0); returning T = 1.0",
+            "fit_temperature: every label has the largest logit, so the log loss has no one "
+            "minimum (it never rises towards T = 0); returning T = 1.0",
             stacklevel=2,
         )
         return 1.0

@@ -110,6 +110,10 @@ class Evaluated:
         """By which logits are divided without ("no") and with ("yes") temperature scaling."""
         return {"no": 1.0, "yes": self.temperature}
 
+    def scaled(self, split: str, scaling: str) -> Tensor:
+        """Logits (N, K), float64, divided by the temperature if `scaling` is "yes"."""
+        return self.logits[split].double() / self.temperatures[scaling]
+
     @property
     def recipe(self) -> dict:
         """All by which runs of one `tables.setting` may differ, but for the seed."""

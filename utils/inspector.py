@@ -12,6 +12,7 @@ says, less what it is asked to say. For label relaxation t is the member of the 
 to p, which inside the set is p itself (LR paper, eq. 4 and 5).
 """
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def class_view(teacher: Evaluated, label: int) -> Tensor | None:
     members = teacher.logits["validation"][teacher.labels["validation"] == label]
     if len(members) == 0:
         return None
-    return members.double().softmax(1).mean(0).log().clamp(min=-1e3)[None]
+    return members.double().log_softmax(1).logsumexp(0)[None] - math.log(len(members))
 
 
 def _towards(

@@ -185,7 +185,7 @@ def instance_based_targets(
     _require(0 <= shift <= 1, "shift", shift, "a number in [0, 1]")
     _require(0 <= slope < math.inf, "slope", slope, "a number in [0, inf)")
     _require(0 <= cap < 1, "cap", cap, "a number in [0, 1)")
-    u = _checked(teacher_logits.detach(), targets, "teacher_logits")
+    u = _checked(teacher_logits, targets, "teacher_logits").detach()
     y = targets[:, None]
     num_classes = u.shape[1]
 
@@ -223,7 +223,7 @@ def class_average_logits(
     Source: ILS paper, class-based smoothing.
     """
     _require(0 < temperature < math.inf, "temperature", temperature, "a number in (0, inf)")
-    u = _checked(teacher_logits.detach(), targets, "teacher_logits")
+    u = _checked(teacher_logits, targets, "teacher_logits").detach()
     log_q = F.log_softmax(u.double() / temperature, dim=1)
     rows = []
     for label in range(u.shape[1]):
@@ -275,7 +275,7 @@ def distillation_terms(
     _require(0 < temperature < math.inf, "temperature", temperature, "a number in (0, inf)")
     z = _checked(logits, targets)
     _require_same_shape(logits, teacher_logits)
-    u = _checked(teacher_logits.detach(), targets, "teacher_logits").to(z.dtype)
+    u = _checked(teacher_logits, targets, "teacher_logits").detach().to(z.dtype)
     student = F.log_softmax(z / temperature, dim=1)
     teacher = F.log_softmax(u / temperature, dim=1)
     divergence = (teacher.exp() * (teacher - student)).sum(dim=1)
@@ -309,8 +309,8 @@ def _fractions(scores: Tensor, otherwise: float) -> Tensor:
 
 def _checked(logits: Tensor, targets: Tensor, name: str = "logits") -> Tensor:
     """``logits`` in at least float32, once shapes and types are known to be right."""
-    for given, what in ((logits, name), (targets, "targets")):
-        _require(isinstance(given, Tensor), f"type of {what}", type(given).__name__, "a tensor")
+    _require_tensor(logits, name)
+    _require_tensor(targets, "targets")
     shape = tuple(logits.shape)
     _require(len(shape) == 2 and shape[1] >= 2, f"shape of {name}", shape, "(N, K) with K >= 2")
     _require(targets.shape == shape[:1], "shape of targets", tuple(targets.shape), f"{shape[:1]}")
@@ -318,7 +318,12 @@ def _checked(logits: Tensor, targets: Tensor, name: str = "logits") -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _require_tensor(given: object, name: str) -> None:
+    _require(isinstance(given, Tensor), f"type of {name}", type(given).__name__, "a tensor")
+
+
 def _require_same_shape(logits: Tensor, teacher_logits: Tensor) -> None:
+    _require_tensor(teacher_logits, "teacher_logits")
     given, accepted = tuple(teacher_logits.shape), tuple(logits.shape)
     _require(given == accepted, "shape of teacher_logits", given, f"that of logits, {accepted}")
 

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -108,8 +109,9 @@ def find_script(name: str) -> Path:
 
 
 def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # where `checkpoint.code` finds what is run
     spec.loader.exec_module(script)
     return script
 

@@ -139,6 +139,7 @@ def _labels(evaluated: Sequence[Evaluated]) -> list[str]:
             "model": run.model_name,
             "training": tables.setting(run.training["method"], run.training["requested"]),
             "recipe": json.dumps(run.recipe),
+            "teacher": run.teacher["weights"] if run.is_student else None,
         }
         for run in evaluated
     ]
@@ -153,11 +154,6 @@ def line_style(number: int) -> dict:
         "linestyle": DASHES[number % len(DASHES)],
         "marker": MARKERS[number % len(MARKERS)],
     }
-
-
-def scaled_logits(run: Evaluated, scaling: str) -> Tensor:
-    """Test logits (N, K), float64, divided by the run's temperature if `scaling` is "yes"."""
-    return run.logits["test"].double() / run.temperatures[scaling]
 
 
 # ------------------------------------------------------------------------------ writing
@@ -301,7 +297,7 @@ def reliability_bins(runs: Sequence[Evaluated], scaling: str, bins: int) -> Reli
     Seeds are repeats on the same images, and pooling them is no evidence on more images: so the
     interval's number of images is the mean over the seeds, not the sum.
     """
-    parts = [calibration_bins(scaled_logits(r, scaling), r.labels["test"], bins) for r in runs]
+    parts = [calibration_bins(r.scaled("test", scaling), r.labels["test"], bins) for r in runs]
     count = sum(part.count for part in parts)
     confidence = sum((part.confidence * part.count).nan_to_num() for part in parts) / count
     accuracy = sum((part.accuracy * part.count).nan_to_num() for part in parts) / count
@@ -387,7 +383,7 @@ def _reliability_panel(axes, below, method: Method, scaling: str, bins: int) -> 
 
 def _ece_in_words(runs: list[Evaluated], scaling: str, bins: int) -> str:
     values = [
-        expected_calibration_error(scaled_logits(run, scaling), run.labels["test"], bins)
+        expected_calibration_error(run.scaled("test", scaling), run.labels["test"], bins)
         for run in runs
     ]
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -408,7 +404,7 @@ def ece_curves(method: Method, scaling: str) -> np.ndarray:
     """(seeds, numbers of bins): the ECE of each run at each of BIN_COUNTS."""
     curves = [
         evaluate.expected_calibration_errors(
-            scaled_logits(run, scaling), run.labels["test"], BIN_COUNTS
+            run.scaled("test", scaling), run.labels["test"], BIN_COUNTS
         )
         for run in method.runs
     ]

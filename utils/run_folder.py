@@ -80,12 +80,6 @@ def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:
         _remove_run(folder)
         return
     check(folder, settings)
-    if changed := _changed_code(folder / "config.json"):
-        print(
-            f"warning: since {folder} was trained, or begun, {', '.join(changed)} changed; "
-            "--overwrite trains it anew",
-            file=sys.stderr,
-        )
 
 
 def _changed_code(config: Path) -> list[str]:
@@ -98,9 +92,18 @@ def _changed_code(config: Path) -> list[str]:
 
 
 def check(folder: Path, settings: dict) -> None:
-    """Raises InputError if the folder holds a run, finished or not, of other settings."""
+    """Raises InputError if the folder holds a run, finished or not, of other settings.
+
+    A run of the same settings, but of other code, is pointed out.
+    """
     if any((folder / name).exists() for name in RUN_FILES):
         check_settings(folder / "config.json", settings)
+        if changed := _changed_code(folder / "config.json"):
+            print(
+                f"warning: since {folder} was trained, or begun, {', '.join(changed)} changed; "
+                "give another --output_dir, or let its script start anew with --overwrite",
+                file=sys.stderr,
+            )
 
 
 def _remove_run(folder: Path) -> None:

@@ -155,7 +155,7 @@ class Search:
     storage: optuna.storages.RDBStorage
     trackers: list[Tracker]
     teacher: "Search | None" = None  # whose network must be there before
-    failed: bool = False  # nothing came of it: every training diverged, or the teacher's did
+    failed: bool = False  # nothing came of it: its trainings, or its teacher's, diverged
     checked: bool = False  # whether its folder may be used
 
     @property
@@ -310,14 +310,16 @@ class Search:
 
     def train(self, trial: optuna.Trial) -> None:
         """Trains a trial that was taken, and tells what came of it."""
-        values = self._suggest(trial)
-        print(f"\n{self.name} trial {trial.number}: {combination_name(values)}", flush=True)
-        for tracker in self.trackers:
-            tracker.start(self, trial, values)
         # What is stopped has failed without having diverged, so it is taken up again.
         state, error, said = TrialState.FAIL, None, "stopped"
+        told: list[Tracker] = []  # of the start, and so of the end
         try:
             with _Heart(self.storage, trial):
+                values = self._suggest(trial)
+                print(f"\n{self.name} trial {trial.number}: {combination_name(values)}", flush=True)
+                for tracker in self.trackers:
+                    tracker.start(self, trial, values)
+                    told.append(tracker)
                 kept = self._follow(trial, values)
             for name, value in kept.items():
                 trial.set_user_attr(name, value)
@@ -336,7 +338,7 @@ class Search:
         finally:
             with contextlib.suppress(UpdateFinishedTrialError):
                 self.study.tell(trial, error, state, skip_if_finished=True)
-            for tracker in self.trackers:
+            for tracker in told:
                 tracker.end(said, self.candidates / combination_name(values))
 
     def _suggest(self, trial: optuna.Trial) -> dict:
@@ -477,7 +479,7 @@ def run_study(
     done = [search for search in searches if not search.failed]
     for search in searches:
         if search.failed:
-            print(f"{search.name}: no network, every training of it or its teacher diverged")
+            print(f"{search.name}: no network, its trainings or those of its teacher diverged")
     if not done:
         return 1
     whole = len(done) == len(searches)
@@ -520,11 +522,12 @@ def print_progress(searches: list[Search]) -> None:
         seconds += durations
     said = [f"study: {states['done']} of {planned} trainings done"]
     said += [f"{states[key]} {key}" for key in ("pruned", "diverged", "running") if states[key]]
-    left = planned - states["done"]
+    alive = [search for search in searches if not search.failed]
+    left = sum(len(search.planned) - search.count()[0]["done"] for search in alive)
     if seconds and left:
         minutes = left * statistics.mean(seconds) / max(1, states["running"]) / 60
         said.append(f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left")
-    finished = sum(search.settled for search in searches)
+    finished = sum(search.settled for search in alive)
     said.append(f"{finished} of {len(searches)} selected and tested")
     print(", ".join(said), flush=True)
 
@@ -714,6 +717,8 @@ def print_estimate(
     seconds = epochs * (steps * step + validation)
     kept = seeds * len(methods)
     stays = trainings * (weights + state) if options.keep_candidates else 0
+    ends = weights * (2 if options.protocol == "lr" else 1) + state  # of what is selected, a seed
+    students = "\nwithout the students of --distil" if options.distil else ""
     print(
         f"\n{trainings} trainings"
         + f", {again} trained again" * bool(again)
@@ -724,7 +729,8 @@ def print_estimate(
         f"time: {_hours(seconds)} for one worker, "
         f"{_hours(seconds / 4)} for four of this speed\n"
         f"disk: at most {trainings * (weights + state) / 1e6:.0f} MB on the way, "
-        f"{(stays + kept * (2 * weights + state)) / 1e6:.0f} MB in the end"
+        f"{(stays + kept * ends) / 1e6:.0f} MB in the end"
+        f"{students}"
     )
 
 

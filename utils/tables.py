@@ -102,9 +102,14 @@ def setting(method: str, requested: dict[str, list]) -> str:
 
 
 def differences(rows: pd.DataFrame) -> pd.Series:
-    """Of each row what tells its recipe from others of the same `training`: ', epochs 2', or ''."""
+    """Of each row what tells its recipe from others of the same `training`: ', epochs 2', or ''.
+
+    Of a student, which has a `teacher`: from all students of the same data set and network.
+    """
     said = pd.Series("", index=rows.index)
-    for _, same in rows.groupby([*BLOCK, "training"]):
+    # All students of a network are read side by side, whoever taught them.
+    trained = rows["training"].where(rows["teacher"].isna(), "")
+    for _, same in rows.groupby([*(rows[key] for key in BLOCK), trained]):
         recipes = [json.loads(recipe) for recipe in same["recipe"]]
         keys = differing(recipes)
         said[same.index] = ["".join(f", {key} {r.get(key)}" for key in keys) for r in recipes]
@@ -122,10 +127,10 @@ def with_differences(rows: pd.DataFrame) -> pd.DataFrame:
 def counted_as_one(rows: pd.DataFrame) -> list[str]:
     """What is to be said of several networks of one setting and seed, a sentence each.
 
-    rows: with_differences. Students are told apart by their teachers.
+    rows: of with_differences. Students that stand beside their teachers are told apart by these.
     """
     said = []
-    networks = rows[rows["teacher"].isna()].drop_duplicates("weights")
+    networks = rows[~_stands_beside(rows)].drop_duplicates("weights")
     for (*block, training, seed), group in networks.groupby([*BLOCK, "training", "seed"]):
         if len(group) > 1:
             said.append(
@@ -133,6 +138,11 @@ def counted_as_one(rows: pd.DataFrame) -> list[str]:
                 f"their mean: {', '.join(group['checkpoint'])}"
             )
     return said
+
+
+def _stands_beside(rows: pd.DataFrame) -> pd.Series:
+    """Whether each is a student of a network that is among the rows, and no student itself."""
+    return rows["teacher"].isin(rows.loc[rows["teacher"].isna(), "weights"])
 
 
 def with_students(rows: pd.DataFrame) -> pd.DataFrame:
@@ -146,7 +156,7 @@ def with_students(rows: pd.DataFrame) -> pd.DataFrame:
     as a network of its own.
     """
     test = rows[rows["split"] == "test"]
-    is_student = test["teacher"].isin(test.loc[test["teacher"].isna(), "weights"])
+    is_student = _stands_beside(test)
     students = test[is_student & (test["scaling"] == "no")]
     students = students.assign(student=students["model"] + students["student_setting"])
     taught = students.groupby(

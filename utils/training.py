@@ -165,8 +165,9 @@ class Method(NamedTuple):
 
 def train_method(method: Method) -> None:
     """What a training script does: one training for each seed. See the module's docstring."""
-    args = arguments.settle(method.args, method.name, method.args.dataset, method.args.model)
-    args.device = distributed.start(args.device)
+    args = method.args
+    args.device = distributed.start(args.device)  # before anything is said
+    args = arguments.settle(args, method.name, args.dataset, args.model)
     data = load_data(args)
     paths = []
     for seed in range(args.seed, args.seed + args.trials):
@@ -595,7 +596,10 @@ def _means(
     counts = torch.tensor([count for count, _ in terms], dtype=torch.float64)
     means = {}
     if any(values.keys() != terms[-1][1].keys() for _, values in terms):
-        raise InputError("last.pt was made with another loss; --overwrite starts anew")
+        raise InputError(
+            "last.pt was made with another loss; give another --output_dir, or let its script "
+            "start anew with --overwrite"
+        )
     for name in terms[0][1]:
         values = torch.stack([values[name] for _, values in terms]).double().cpu()
         broken = (~values.isfinite()).nonzero()
@@ -883,8 +887,8 @@ def _print_metrics(path: Path) -> None:
     metrics = run_folder.read_json(path)
     try:
         fitted = "fitted to the validation split"
-        if metrics["validation"]["unscaled"]["accuracy"] == 1:
-            fitted = "not fitted: every validation image is right, the surer the better"
+        if metrics["temperature"] == 1:  # `fit_temperature` found no minimum
+            fitted = "not fitted: every validation label has the largest logit"
         lines = [
             f"epoch {metrics['epoch']:d}, temperature {metrics['temperature']:.3f} {fitted}",
             f"{'':24}accuracy   log loss   ECE ({metrics['ece_bins']:d} bins)",
