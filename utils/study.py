@@ -43,12 +43,12 @@ from utils import arguments, tables, tracking, training
 from utils.data_loader import ImageData
 from utils.errors import DivergedError, InputError, Stopped
 from utils.methods import ROOT, SHARED, Range, Space, needs_teacher, student_flags
+from utils.progress import Progress
 from utils.run_folder import InUse, exclusive, run_path
 from utils.teacher import VANILLA, make_cross_entropy, student_method
 from utils.tracking import Tracker
 from utils.training import (
     Method,
-    Progress,
     Trial,
     all_combinations,
     combination_name,
