@@ -196,7 +196,7 @@ def evaluate_all(args: argparse.Namespace) -> tuple[list[Evaluated], int]:
 
 def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
     """Validation (but with --protocol lr) and test split, without and with temperature scaling."""
-    training, teacher = evaluated.training, evaluated.teacher or {}
+    training, teacher, splits = evaluated.training, evaluated.teacher or {}, evaluated.splits
     about = {
         "checkpoint": str(evaluated.path),
         "dataset": evaluated.data["dataset"],
@@ -208,6 +208,7 @@ def tidy_rows(evaluated: Evaluated, ece_bins: int) -> list[dict]:
         "seed": training["seed"],
         "epoch": training["epoch"],
         "test_images": evaluated.data["splits"]["test"],
+        "test_per_training_image": len(splits.test) / len(splits.of(training["trained_on"])),
         "weights": evaluated.weights_hash,
         "teacher": teacher["weights"] if evaluated.is_student else None,
         "teacher_scaling": {True: "yes", False: "no"}.get(teacher.get("scaled")),

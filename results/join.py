@@ -26,6 +26,10 @@ def join(folder: Path, left_out: list[str]) -> None:
     results = pd.concat(parts).filter(regex="^(?!.*_(low|high)$)")
     results = results[~results["training"].isin(left_out)].sort_values("seed", kind="stable")
     comparison.check_test_images(results)
+    # Parts that were evaluated by an earlier version lack it; it is the same for all seeds.
+    share = "test_per_training_image"
+    if share in results:
+        results[share] = results.groupby("dataset")[share].transform("max")
     for warning in tables.counted_as_one(results):
         print(f"warning: {warning}", file=sys.stderr)
     for (*block, training), same in results.groupby([*comparison.BLOCK, "training"]):

@@ -186,6 +186,24 @@ def test_differences_over_seeds_are_the_paired_t_test_of_scipy():
     assert found["value"] - found["reference_value"] == pytest.approx(mean)
 
 
+def test_seeds_that_are_split_anew_are_tested_as_nadeau_and_bengio_do():
+    rows = table({"vanilla": {0: 0.30, 1: 0.34, 2: 0.33}, "focal": {0: 0.28, 1: 0.29, 2: 0.31}})
+    shared = comparison.compare(rows.assign(test_images="s"), "vanilla", {}).iloc[0]
+    assert shared["test"] == "paired t over seeds"
+    rows["test_images"] = rows["seed"].map({0: "a", 1: "b", 2: "c"})
+    rows["test_per_training_image"] = 10_000 / 60_000
+    found = comparison.compare(rows, "vanilla", {}).iloc[0]
+    assert (found["test"], found["interval"]) == (
+        "corrected paired t over seeds",
+        "corrected t over seeds",
+    )
+    # Three seeds: 1/3 + 1/6 in the place of 1/3.
+    half, plain = (row["high"] - row["difference"] for row in (found, shared))
+    assert half == pytest.approx(plain * math.sqrt(1.5))
+    t = stats.ttest_rel([0.28, 0.29, 0.31], [0.30, 0.34, 0.33]).statistic / math.sqrt(1.5)
+    assert found["p_value"] == pytest.approx(2 * stats.t.sf(abs(t), 2))
+
+
 def test_what_differs_besides_the_method_is_said():
     rows = table({"vanilla": {0: 0.3, 1: 0.4}, "a": {0: 0.2, 1: 0.2}, "b": {0: 0.2, 1: 0.2}})
     compared = comparison.compare(rows, "vanilla", {})

@@ -229,8 +229,10 @@ def compare(
     made), p_value, test.
 
     Two seeds or more: a paired t-test over seeds and its interval, which assume normal differences
-    and see the test images as given; with few seeds it can hardly reject (two seeds: 1 degree of
-    freedom). With a bootstrap the interval is its percentiles, of images and seeds.
+    and see the images as given; with few seeds it can hardly reject (two seeds: 1 degree of
+    freedom). Where each seed has test images of its own (the column test_images), and so training
+    images that others are tested on, its variance is that of Nadeau and Bengio, for which rows have
+    test_per_training_image. With a bootstrap the interval is its percentiles, of images and seeds.
 
     One seed: the exact McNemar test for accuracy (binomial, on the images that only one of the two
     gets right; of several networks on a side the paired t-test), a paired t-test over images for
@@ -261,7 +263,7 @@ def compare(
             for metric in METRICS:
                 a, b = (side.groupby("seed")[metric].mean().to_numpy() for side in pair)
                 if len(seeds) > 1:
-                    result = _paired_t(a, b, "seeds")
+                    result = _paired_t(a, b, "seeds", _overlap(pair))
                 else:
                     images = [[samples[run][1] for run in side[seeds[0]]] for side in runs]
                     result = _over_images(metric, *images)
@@ -324,19 +326,33 @@ def _of_seeds(rows: pd.DataFrame) -> dict[int, pd.DataFrame]:
 NO_TEST = {"low": math.nan, "high": math.nan, "interval": "", "p_value": math.nan, "test": ""}
 
 
-def _paired_t(a: np.ndarray, b: np.ndarray, over: str) -> dict:
-    """Low, high and p of the paired t-test; NaN where the differences do not vary."""
+def _overlap(pair: Sequence[pd.DataFrame]) -> float:
+    """Test images for each training image if seeds are split anew, 0 if they share their test."""
+    rows = pd.concat(pair)
+    if rows.get("test_images", pd.Series()).nunique() < 2:
+        return 0.0
+    return float(rows["test_per_training_image"].max())
+
+
+def _paired_t(a: np.ndarray, b: np.ndarray, over: str, overlap: float = 0.0) -> dict:
+    """Low, high and p of the paired t-test; NaN where the differences do not vary.
+
+    overlap: of `_overlap`. The variance of the mean of n differences is their variance times
+    1/n + overlap (Nadeau and Bengio, Inference for the Generalization Error, 2003, section 3).
+    """
+    differences, n = a - b, len(a)
     # Equal differences of decimal fractions may differ in their last bits.
-    if np.ptp(a - b) <= 1e-12:
+    if np.ptp(differences) <= 1e-12:
         return NO_TEST
-    test = stats.ttest_rel(a, b)
-    low, high = test.confidence_interval(0.95)
+    mean, error = differences.mean(), differences.std(ddof=1) * math.sqrt(1 / n + overlap)
+    half = stats.t.ppf(0.975, n - 1) * error
+    corrected = "corrected " * (overlap > 0)
     return {
-        "low": float(low),
-        "high": float(high),
-        "interval": f"t over {over}",
-        "p_value": float(test.pvalue),
-        "test": f"paired t over {over}",
+        "low": float(mean - half),
+        "high": float(mean + half),
+        "interval": f"{corrected}t over {over}",
+        "p_value": float(2 * stats.t.sf(abs(mean) / error, n - 1)),
+        "test": f"{corrected}paired t over {over}",
     }
 
 

@@ -202,9 +202,9 @@ def calibrated_ece_by_chance(
     """The ECE that a perfectly calibrated network with these confidences would show by chance.
 
     Mean ECE over `draws` >= 1 samples in which row i is right with probability c_i, as it is when
-    confidences are calibrated (consistency resampling of Bröcker and Smith, Increasing the
-    Reliability of Reliability Diagrams, 2007). An ECE near this value is no sign of
-    miscalibration. The same `seed` gives the same value. In [0, 1].
+    confidences are calibrated (as in the consistency resampling of Bröcker and Smith, Increasing
+    the Reliability of Reliability Diagrams, 2007, but with the confidences kept). An ECE near this
+    value is no sign of miscalibration. The same `seed` gives the same value. In [0, 1].
     """
     _check_integer("draws", draws, least=1)
     _check_integer("seed", seed, least=0)
@@ -230,8 +230,9 @@ def true_calibration_error(logits: Array, posterior: Array, bins: int = 10) -> f
     `posterior`: the true probabilities P(y = k | x), (N, K), which only synthetic data has. It is
     the ECE with each hit or miss replaced by its probability, so that the chance of the labels,
     which makes an ECE positive, is gone. Like an ECE it asks whether confidence is deserved on
-    average over all images of about this confidence: E |P(correct | c) - c|, the true calibration
-    error of Roelofs et al., Mitigating Bias in Calibration Error Estimation, AISTATS 2022.
+    average over all images of about this confidence: the binned form of E |P(correct | c) - c|, the
+    true calibration error of Roelofs et al., Mitigating Bias in Calibration Error Estimation,
+    AISTATS 2022, which it does not exceed: over- and underconfidence within a bin cancel.
     """
     return _ece(_calibration_bins(*_top_label_truth(logits, posterior), bin_edges(bins)))
 
