@@ -515,19 +515,19 @@ def unsettled(searches: list[Search]) -> list[Search]:
 def print_progress(searches: list[Search]) -> None:
     """Of the whole study, whoever did it, with the time left if all goes on as it went."""
     planned = sum(len(search.planned) for search in searches)
-    states, seconds = Counter(), []
+    states, seconds, left = Counter(), [], 0
     for search in searches:
         counted, durations = search.count()
         states += counted
         seconds += durations
+        if not search.failed:  # whose trainings are left for good
+            left += len(search.planned) - counted["done"]
     said = [f"study: {states['done']} of {planned} trainings done"]
     said += [f"{states[key]} {key}" for key in ("pruned", "diverged", "running") if states[key]]
-    alive = [search for search in searches if not search.failed]
-    left = sum(len(search.planned) - search.count()[0]["done"] for search in alive)
     if seconds and left:
         minutes = left * statistics.mean(seconds) / max(1, states["running"]) / 60
         said.append(f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left")
-    finished = sum(search.settled for search in alive)
+    finished = sum(search.settled and not search.failed for search in searches)
     said.append(f"{finished} of {len(searches)} selected and tested")
     print(", ".join(said), flush=True)
 
