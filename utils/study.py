@@ -520,7 +520,7 @@ def print_progress(searches: list[Search]) -> None:
         counted, durations = search.count()
         states += counted
         seconds += durations
-        if not search.failed:  # whose trainings are left for good
+        if not search.failed:  # what has failed is not gone on with
             left += len(search.planned) - counted["done"]
     said = [f"study: {states['done']} of {planned} trainings done"]
     said += [f"{states[key]} {key}" for key in ("pruned", "diverged", "running") if states[key]]
