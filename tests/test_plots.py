@@ -106,7 +106,9 @@ def ece(confidence, correct, bins):
 
 def test_seeds_are_one_method_and_the_vanilla_one_comes_first(four, tmp_path):
     twice = network(tmp_path, "vanilla", 0)
-    other = network(tmp_path, "vanilla", 0, weights_hash="x", is_student=True)
+    other = network(
+        tmp_path, "vanilla", 0, weights_hash="x", is_student=True, teacher={"weights": "t"}
+    )
     found = plots.blocks([*four, twice, other])
     assert list(found) == ["digits, shallownet", "digits, shallownet, distilled students"]
     vanilla, smoothing = found["digits, shallownet"]
