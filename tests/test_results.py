@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, run_here
 
+from utils import data_loader
+
 
 def test_the_tables_of_the_pages_are_those_of_the_results():
     parity = runpy.run_path(str(ROOT / "results/parity.py"))
@@ -69,6 +71,18 @@ def test_what_parts_that_are_joined_differ_in_is_said(capsys, tmp_path):
     relaxed = compared[compared["training"].str.startswith("label-relaxation")]
     found = relaxed.set_index(["scaling", "metric"]).loc[("no", "ece")]
     assert found["p_value"] == pytest.approx(0.02, abs=0.005)  # docs/results.md, computed apart
+
+
+def test_a_network_learns_as_the_published_code_and_as_ours_trains_it():
+    train = runpy.run_path(str(ROOT / "results/as_published.py"))["train"]
+    train.__globals__["EPOCHS"] = 5  # of 24 steps
+    digits = data_loader.load("digits")
+    published, ours = (train(digits, 0, published) for published in (True, False))
+    assert published != ours
+    for accuracy, ece, log_loss in (published, ours):
+        assert accuracy > 0.8
+        assert ece < 0.2
+        assert log_loss < 0.7
 
 
 @pytest.mark.parametrize(

@@ -260,10 +260,11 @@ def compare(
             resampled = {}
             if bootstrap:
                 resampled = bootstrap.interval(bootstrap.mean(runs[0]) - bootstrap.mean(runs[1]))
+            overlap = _overlap(pair)
             for metric in METRICS:
                 a, b = (side.groupby("seed")[metric].mean().to_numpy() for side in pair)
                 if len(seeds) > 1:
-                    result = _paired_t(a, b, "seeds", _overlap(pair))
+                    result = _paired_t(a, b, "seeds", overlap)
                 else:
                     images = [[samples[run][1] for run in side[seeds[0]]] for side in runs]
                     result = _over_images(metric, *images)

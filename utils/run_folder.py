@@ -19,6 +19,7 @@ from utils import checkpoint, distributed
 from utils.errors import InputError
 
 RUN_FILES = ("config.json", "metrics.json", "best.pt", "last.pt", "history.csv", "search.csv")
+START_ANEW = "give another --output_dir, or let its script start anew with --overwrite"
 
 
 def run_path(output_dir: str | Path, dataset: str, model: str, method: str, seed: int) -> Path:
@@ -101,7 +102,7 @@ def check(folder: Path, settings: dict) -> None:
         if changed := _changed_code(folder / "config.json"):
             print(
                 f"warning: since {folder} was trained, or begun, {', '.join(changed)} changed; "
-                "give another --output_dir, or let its script start anew with --overwrite",
+                f"{START_ANEW}",
                 file=sys.stderr,
             )
 
@@ -140,10 +141,7 @@ def read_json(path: Path) -> dict:
 
 
 def damaged(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path} is damaged ({type(error).__name__}: {error}); give another --output_dir, or "
-        "let its script start anew with --overwrite"
-    )
+    return InputError(f"{path} is damaged ({type(error).__name__}: {error}); {START_ANEW}")
 
 
 def check_settings(config: Path, settings: dict) -> None:
@@ -157,7 +155,7 @@ def check_settings(config: Path, settings: dict) -> None:
             raise InputError(
                 f"{config.parent} holds another configuration: {name} is "
                 f"{reprlib.repr(there.get(name))} there and {reprlib.repr(here.get(name))} here; "
-                "give another --output_dir, or let its script start anew with --overwrite"
+                f"{START_ANEW}"
             )
 
 

@@ -546,10 +546,7 @@ def _means(
     counts = torch.tensor([count for count, _ in terms], dtype=torch.float64)
     means = {}
     if any(values.keys() != terms[-1][1].keys() for _, values in terms):
-        raise InputError(
-            "last.pt was made with another loss; give another --output_dir, or let its script "
-            "start anew with --overwrite"
-        )
+        raise InputError(f"last.pt was made with another loss; {run_folder.START_ANEW}")
     for name in terms[0][1]:
         values = torch.stack([values[name] for _, values in terms]).double().cpu()
         broken = (~values.isfinite()).nonzero()
