@@ -343,6 +343,42 @@ def test_damaged_idx_files_are_refused(file, content, tmp_path, monkeypatch):
     assert "no usable MNIST data" in error_of("mnist", tmp_path)
 
 
+IMAGES, LABELS = random_images(6, 8, 8), np.arange(6) % 2
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ((IMAGES / 255, LABELS), None, "images of float64 and shape (6, 8, 8); uint8 and"),
+        ((IMAGES.astype(np.float32), LABELS), None, "images of float32"),
+        ((IMAGES.reshape(6, 64), LABELS), None, "images of uint8 and shape (6, 64)"),
+        ((IMAGES[:5], LABELS), None, "5 images with labels of int64 and shape (6,)"),
+        ((IMAGES, LABELS[:, None]), None, "6 images with labels of int64 and shape (6, 1)"),
+        ((IMAGES, LABELS / 1), None, "6 images with labels of float64 and shape (6,)"),
+        ((IMAGES, LABELS + 1), None, "labels 1 to 2; 0 to 1 expected, as there are 2"),
+        (None, (IMAGES, LABELS - 1), "labels -1 to 0; 0 to 1 expected"),
+        (None, (IMAGES[:0], LABELS[:0]), "0 images"),
+        (None, (IMAGES[:, :7], LABELS), "of shape (8, 8) and test images of (7, 8)"),
+    ],
+)
+def test_a_reader_that_gives_what_nothing_can_hold_is_refused(train, test, said, monkeypatch):
+    given = (train or (IMAGES, LABELS), test or (IMAGES, LABELS), "ab")
+    monkeypatch.setitem(data_loader.READERS, "letters", lambda folder: given)
+    error = error_of("letters", "data")
+    assert error.startswith("the reader of letters gives ")
+    assert said in error
+
+
+@pytest.mark.parametrize("classes", [range(2), np.array(["0", "1"]), ("0", "1")])
+def test_classes_become_names_that_a_checkpoint_can_hold(classes, monkeypatch):
+    given = ((IMAGES, LABELS.astype(">u2")), (IMAGES, LABELS), classes)
+    monkeypatch.setitem(data_loader.READERS, "letters", lambda folder: given)
+    data = data_loader.load("letters")
+    assert [type(name) for name in data.classes] == [str, str]
+    assert data.classes == ("0", "1")
+    assert data.labels.tolist() == [*LABELS, *LABELS]
+
+
 def test_a_data_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "data").write_text("")
     assert str(tmp_path / "data") in error_of("cifar10", tmp_path / "data")

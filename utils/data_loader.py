@@ -125,9 +125,8 @@ def _torchvision(class_name: str, *splits: dict):
                     _use_debian_package(data_dir / class_name / "raw")
                 parts = [constructor(str(data_dir), download=True, **split) for split in splits]
             classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
-            train, test = (_arrays(part, len(classes)) for part in parts)
-            if train[0].shape[1:] != test[0].shape[1:]:
-                raise ValueError("training and test images differ in size")
+            train, test = map(_arrays, parts)
+            _check(train, test, classes)
         except Exception as error:  # torchvision's readers raise a dozen types on damaged files
             debian = ", or install Debian's dataset-fashion-mnist" * (class_name == "FashionMNIST")
             raise InputError(
@@ -141,20 +140,45 @@ def _torchvision(class_name: str, *splits: dict):
     return read
 
 
-def _arrays(part, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one of torchvision's data sets.
-
-    Not all of torchvision's files carry a checksum: MNIST's unpacked ones have none.
-    """
+def _arrays(part) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of one of torchvision's data sets."""
     # SVHN alone says labels for targets and has the channels in front.
     svhn = hasattr(part, "labels")
-    images = np.asarray(part.data.transpose(0, 2, 3, 1) if svhn else part.data)
-    labels = np.asarray(part.labels if svhn else part.targets)
-    if images.dtype != np.uint8 or not 0 < len(images) == len(labels):
-        raise ValueError(f"{len(images)} images of {images.dtype} for {len(labels)} labels")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels {labels.min()} to {labels.max()} for {num_classes} classes")
-    return images, labels
+    images = part.data.transpose(0, 2, 3, 1) if svhn else part.data
+    return np.asarray(images), np.asarray(part.labels if svhn else part.targets)
+
+
+def _check(train: tuple, test: tuple, classes: Sequence) -> None:
+    """Raises ValueError unless this is what ImageData can hold.
+
+    Readers can be anybody's, and not all of torchvision's files carry a checksum: MNIST's unpacked
+    ones have none.
+    """
+    for part in (train, test):
+        images, labels = map(np.asarray, part)
+        if not len(images) or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{len(images)} images with labels of {labels.dtype} and shape {labels.shape}; a "
+                "whole number for each image expected"
+            )
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise ValueError(
+                f"labels {labels.min()} to {labels.max()}; 0 to {len(classes) - 1} expected, as "
+                f"there are {len(classes)} classes"
+            )
+        if images.dtype.kind == "S":  # names of files
+            continue
+        points = images.dtype == np.float32 and images.ndim == 4 and images.shape[1:3] == (1, 1)
+        if not points and (images.dtype != np.uint8 or images.ndim not in (3, 4)):
+            raise ValueError(
+                f"images of {images.dtype} and shape {images.shape}; uint8 and (N, H, W) or "
+                "(N, H, W, C) expected"
+            )
+        if images.shape[1:] != np.shape(train[0])[1:]:
+            raise ValueError(
+                f"training images of shape {np.shape(train[0])[1:]} and test images of "
+                f"{images.shape[1:]}; one shape expected"
+            )
 
 
 @contextmanager
@@ -237,6 +261,10 @@ def load(
     """
     try:
         train, test, classes = READERS[name](Path(data_dir))
+        try:
+            _check(train, test, classes)
+        except ValueError as error:
+            raise InputError(f"the reader of {name} gives {error}") from None
         images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
         digest = None
         if name == "imagefolder":
@@ -249,8 +277,9 @@ def load(
             images = _tensor(images, image_size)
     except (OSError, MemoryError) as error:
         raise InputError(f"cannot read the {name} data in {data_dir}: {error}") from None
-    labels = torch.from_numpy(labels).long()
-    return ImageData(name, images, labels, tuple(classes), len(train[0]), digest).to(device)
+    labels = torch.from_numpy(labels.astype(np.int64))
+    classes = tuple(map(str, classes))
+    return ImageData(name, images, labels, classes, len(train[0]), digest).to(device)
 
 
 def _tensor(images: np.ndarray, image_size: int | None) -> Tensor:
