@@ -189,6 +189,7 @@ def test_a_loss_of_ones_own_goes_on_whatever_its_types_and_names(forks, tmp_path
             "loss": F.cross_entropy(logits, labels),
             "right": (logits.argmax(1) == labels).sum(),
             "mean-logit": logits.mean(),
+            "weight": 0.3,
         }"""
     script = stopped_script(tmp_path, "own", loss, step=20)
     command = (script, "--model", "simple_dense", "--epochs", 1, "--batch_size", 32)
@@ -198,6 +199,18 @@ def test_a_loss_of_ones_own_goes_on_whatever_its_types_and_names(forks, tmp_path
     assert "continued" not in forks.run(*command), "it has been read once more, and is finished"
     (row,) = pd.read_csv(tmp_path / "digits/simple_dense/own/seed0/history.csv").to_dict("records")
     assert 3 < row["train_right"] < 32
+    assert row["train_weight"] == pytest.approx(0.3)
+
+
+def test_a_loss_whose_terms_change_their_names_is_refused(tmp_path):
+    loss = """{
+            "loss": F.cross_entropy(logits, labels),
+            **({"first": 1} if steps == 3 else {}),
+        }"""
+    script = stopped_script(tmp_path, "own", loss, step=0)
+    command = (script, "--model", "simple_dense", "--epochs", 1, "--batch_size", 32)
+    error = run(*command, "--output_dir", tmp_path, status=2).err
+    assert "the loss gave loss for one batch and loss, first for another" in error
 
 
 def test_a_method_whose_name_cannot_be_one_is_refused_before_it_is_trained(tmp_path):
@@ -206,19 +219,47 @@ def test_a_method_whose_name_cannot_be_one_is_refused_before_it_is_trained(tmp_p
     assert "a method called 'my loss' given" in error
 
 
+def with_a_mask(network):
+    network.register_buffer("mask", torch.tensor([0, -torch.inf]))
+
+
+def with_rates(network):
+    network.rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]
+
+
+def with_an_array(network):
+    network.window = torch.hann_window(5).numpy()
+
+
+SIZES = itertools.count(1)
+
+
+def with_another_size_each_time(network):
+    network.register_buffer("size", torch.zeros(next(SIZES)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_a_mask, "lenet begins with numbers in network.mask that are not finite"),
+        (with_rates, "lenet cannot be made without numbers (RuntimeError: Tensor.item() cannot be"),
+        (with_an_array, "lenet cannot be made without numbers (TypeError: "),
+        (with_another_size_each_time, "another network each time it is made (network.size is ("),
+    ],
+)
 def test_a_network_that_no_checkpoint_could_hold_is_refused_before_it_is_trained(
-    refused, tmp_path, monkeypatch
+    change, said, refused, tmp_path, monkeypatch
 ):
     def constructor(input_shape, num_classes):
         network = MODELS["simple_dense"].constructor(input_shape, num_classes)
-        network.register_buffer("mask", torch.tensor([0, -torch.inf]))
+        change(network)
         return network
 
     monkeypatch.setitem(MODELS, "lenet", MODELS["simple_dense"]._replace(constructor=constructor))
     error = refused(
         "Vanilla-cross-entropy.py", "--model", "lenet", "--output_dir", tmp_path / "runs"
     )
-    assert "lenet begins with numbers in network.mask that are not finite" in error
+    assert said in error
     assert not (tmp_path / "runs").exists()
 
 

@@ -146,12 +146,7 @@ def contents(
     """What best.pt holds: plain values and tensors only."""
     return {
         "format": FORMAT,
-        "model": {
-            "name": model.name,
-            "input_shape": list(model.input_shape),
-            "num_classes": model.num_classes,
-            "network_size": list(model.network_size),
-        },
+        "model": _described(model),
         "weights": model.state_dict(),
         "training": training,
         "data": data,
@@ -159,6 +154,29 @@ def contents(
         "temperature": temperature,
         "metrics": metrics,
     }
+
+
+def check_network(model: ImageClassifier) -> None:
+    """Raises InputError unless `load` will be able to make this network again."""
+    try:
+        with torch.device("meta"):
+            again = _build(_described(model))
+    except Exception as error:  # of the network's constructor
+        raise InputError(
+            f"{model.name} cannot be made without numbers ({type(error).__name__}: {error}), as it "
+            "is when its checkpoint is read; a constructor that looks into no tensor (.item(), "
+            ".numpy(), if) expected"
+        ) from None
+    first, second = (
+        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        for network in (model, again)
+    )
+    if first != second:
+        name = min(first.keys() ^ second.keys() or (n for n in first if first[n] != second[n]))
+        raise InputError(
+            f"{model.name} is another network each time it is made ({name} is {first.get(name)}, "
+            f"and then {second.get(name)}), so no checkpoint can be read; the same weights expected"
+        )
 
 
 def read_tensors(path: Path) -> dict:
@@ -228,6 +246,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
         temperature=content["temperature"],
         metrics=content["metrics"],
     )
+
+
+def _described(model: ImageClassifier) -> dict:
+    return {
+        "name": model.name,
+        "input_shape": list(model.input_shape),
+        "num_classes": model.num_classes,
+        "network_size": list(model.network_size),
+    }
 
 
 def _build(described: dict) -> ImageClassifier:

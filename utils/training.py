@@ -443,9 +443,7 @@ def fit(
             model.train()
             for batch in _epoch_batches(trial, progress):
                 terms = _step(trial, network, optimizer, loss_function, batch)
-                progress.terms.append(
-                    (len(batch.labels), {k: v.detach().float() for k, v in terms.items()})
-                )
+                progress.terms.append((len(batch.labels), terms))
                 progress.step += 1
                 due = trial.save_every and time.monotonic() - saved > 60 * trial.save_every
                 if (stop.number or due) and alone:  # others would be at another step
@@ -475,14 +473,17 @@ def fit(
 
 
 def _step(trial: Trial, network, optimizer, loss_function: LossFunction, batch: Batch) -> dict:
-    """One step of the optimizer. Returns the terms of the loss."""
+    """One step of the optimizer. Returns the terms of the loss, float32 numbers on the device."""
     with trial.autocast():
         logits = network(batch.images)
     terms = loss_function(logits, batch)
     optimizer.zero_grad()
     (terms["loss"] * _weight(batch)).backward()
     optimizer.step()
-    return terms
+    return {
+        name: torch.as_tensor(value, dtype=torch.float32, device=trial.device).detach()
+        for name, value in terms.items()
+    }
 
 
 def _seed_dropout(trial: Trial, progress: Progress) -> None:
@@ -545,9 +546,15 @@ def _means(
     """Averages over the epoch's images. One read from the device an epoch, not one a step."""
     counts = torch.tensor([count for count, _ in terms], dtype=torch.float64)
     means = {}
-    if any(values.keys() != terms[-1][1].keys() for _, values in terms):
-        raise InputError(f"last.pt was made with another loss; {run_folder.START_ANEW}")
-    for name in terms[0][1]:
+    first = terms[0][1]
+    for _, values in terms:
+        if values.keys() != first.keys():
+            raise InputError(
+                f"the loss gave {', '.join(first)} for one batch and {', '.join(values)} for "
+                "another, the same names for each expected; if it was changed on the way, "
+                f"{run_folder.START_ANEW}"
+            )
+    for name in first:
         values = torch.stack([values[name] for _, values in terms]).double().cpu()
         broken = (~values.isfinite()).nonzero()
         step = f", step {int(broken[0]) + 1}" if len(broken) else ""
@@ -612,6 +619,7 @@ def _check_network(trial: Trial) -> tuple[int, int]:
                 f"{trial.model_name} begins with numbers in {name} that are not finite; "
                 "register_buffer(..., persistent=False) keeps a mask of -inf out of its checkpoints"
             )
+    checkpoint.check_network(model)
     unable = distributed.not_synchronised(model)
     if processes > 1 and unable:
         raise InputError(
