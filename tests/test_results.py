@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, run_here
 
-from utils import data_loader
+from utils import data_loader, synthetic
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results():
@@ -49,6 +49,34 @@ def test_the_joined_tables_are_those_of_their_parts(tmp_path):
     for name in ("summary.md", "comparison.md", "students.md"):
         expected = ROOT / "results/fashionmnist-densenet-8-epochs" / name
         assert (folder / name).read_text() == expected.read_text()
+
+
+def test_a_method_that_shares_one_seed_alone_is_joined_without_a_test(tmp_path):
+    join = runpy.run_path(str(ROOT / "results/join.py"))["join"]
+    for part in ("seeds-0-1", "seed-4"):
+        source = ROOT / "results/fashionmnist-densenet-8-epochs" / part / "results.csv"
+        (tmp_path / part).mkdir()
+        shutil.copy(source, tmp_path / part)
+    join(tmp_path, [])
+    compared = pd.read_csv(tmp_path / "comparison.csv").set_index("training")
+    alone = compared[compared["seeds"] == 1]
+    assert {name.partition(",")[0] for name in alone.index} == {"instance-based-ils2"}
+    assert alone["p_value"].isna().all()
+    assert compared.drop(index=alone.index)["p_value"].notna().all()
+
+
+def test_the_published_numbers_of_the_synthetic_data_are_those_of_the_list():
+    listed = pd.read_csv(ROOT / "results/published.csv")
+    listed = listed[listed["dataset"] == "gaussians"].pivot(
+        index="method", columns="metric", values="published"
+    )
+    shown = {
+        method: [100 * accuracy, *others]
+        for method, accuracy, *others in listed[[*synthetic.SHOWN][:4]].itertuples()
+    }
+    assert shown.keys() == synthetic.PUBLISHED.keys()
+    for method, text in synthetic.PUBLISHED.items():
+        assert [*map(float, text.split(", "))] == pytest.approx(shown[method])
 
 
 def test_what_parts_that_are_joined_differ_in_is_said(capsys, tmp_path):

@@ -2,8 +2,8 @@
 
 Leaks are looked for first (`check_selection`, `teacher_warning`). Then images and seeds are
 resampled (`Bootstrap`), methods are paired seed by seed (`compare`), and ranked over several data
-sets and networks (`rank`). `class_similarity` says what a teacher
-has to tell a student beyond the label.
+sets and networks (`rank`). `class_similarity` says what a teacher has to tell a student beyond the
+label.
 
 Papers: Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006. Owen,
 The pigeonhole bootstrap, Annals of Applied Statistics 2007. McNemar, Note on the sampling error of
@@ -110,10 +110,12 @@ def per_image(logits: Tensor, labels: Tensor) -> PerImage:
     """logits (N, K), of any float type; labels (N,) in [0, K)."""
     z = logits.double()
     confidence, correct = top_label(z, labels)
+    distance = z.softmax(1)
+    distance[torch.arange(len(labels)), labels] -= 1
     return PerImage(
         correct.double().numpy(),
         F.cross_entropy(z, labels, reduction="none").numpy(),
-        (z.softmax(1) - F.one_hot(labels, z.shape[1])).square().sum(1).numpy(),
+        distance.square_().sum(1).numpy(),
         confidence.numpy(),
     )
 
@@ -221,7 +223,8 @@ def compare(
     """Paired differences of every method to the reference, a row for each of METRICS.
 
     rows: a network and scaling each, with the columns dataset, model, training, method, scaling,
-    seed, weights and METRICS. name: see find_reference, whose InputError it raises.
+    seed, weights and METRICS. name: see find_reference, whose InputError it raises. samples: of
+    each run the hash of its test split and its images; where they are not at hand, empty.
 
     Runs of one seed are paired; a seed that one of the two lacks is left out. Columns: BLOCK,
     scaling, training, reference, metric, seeds (how many pairs), value and reference_value (means
@@ -239,7 +242,7 @@ def compare(
     log loss and Brier score. They speak of these networks, not of their methods. ECE is no mean
     over images: it has neither, unless by bootstrap.
 
-    What does not vary (all differences equal) has no test: NaN.
+    What does not vary (all differences equal), or is one seed without images, has no test: NaN.
     """
     references = find_reference(rows, name)
     compared = []
@@ -265,13 +268,15 @@ def compare(
                 a, b = (side.groupby("seed")[metric].mean().to_numpy() for side in pair)
                 if len(seeds) > 1:
                     result = _paired_t(a, b, "seeds", overlap)
+                elif not samples:
+                    result = NO_TEST
                 else:
                     images = [[samples[run][1] for run in side[seeds[0]]] for side in runs]
                     result = _over_images(metric, *images)
                 if bootstrap:
                     low, high = resampled[metric]
                     over = "images and seeds" if len(seeds) > 1 else "images"
-                    result |= {"low": low, "high": high, "interval": f"bootstrap over {over}"}
+                    result = dict(result, low=low, high=high, interval=f"bootstrap over {over}")
                 compared.append(
                     {
                         **about,
@@ -393,13 +398,13 @@ def average_ranks(scores: np.ndarray, larger_is_better: bool) -> np.ndarray:
     return stats.rankdata(signed, axis=1).mean(0)
 
 
-def critical_difference(methods: int, blocks: int, alpha: float = 0.05) -> float:
-    """Nemenyi's critical difference of average ranks, q sqrt(k (k + 1) / (6 N)).
+def critical_difference(methods: int, blocks: int) -> float:
+    """Nemenyi's critical difference of average ranks at 5 %, q sqrt(k (k + 1) / (6 N)).
 
-    k methods, N blocks; q is the upper alpha quantile of the studentized range of k means with
+    k methods, N blocks; q is the upper 5 % quantile of the studentized range of k means with
     infinite degrees of freedom, divided by sqrt(2). Demšar 2006, section 3.2.2 and table 5.
     """
-    q = stats.studentized_range.ppf(1 - alpha, methods, np.inf) / math.sqrt(2)
+    q = stats.studentized_range.ppf(0.95, methods, np.inf) / math.sqrt(2)
     return float(q * math.sqrt(methods * (methods + 1) / (6 * blocks)))
 
 
