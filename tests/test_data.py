@@ -448,6 +448,17 @@ def test_random_streams_differ_by_seed_and_purpose():
     assert first[0] == torch.rand(4, generator=data_loader.generator(0)).tolist()
 
 
+def test_points_and_pixels_that_do_not_vary_are_divided_by_one(monkeypatch):
+    points = np.zeros((6, 1, 1, 2), np.float32)
+    points[:, 0, 0, 0] = np.arange(6)
+    for images, varies in (points, [True, False]), (np.full((6, 8, 8), 7, np.uint8), [False]):
+        given = ((images, LABELS), (images, LABELS), "ab")
+        monkeypatch.setitem(data_loader.READERS, "letters", lambda folder, given=given: given)
+        data = data_loader.load("letters")
+        _, std = data_loader.pixel_statistics(data, torch.arange(6))
+        assert [value != 1 for value in std] == varies
+
+
 def test_pixel_statistics_are_of_the_training_split_alone(data):
     train, validation, test = data_loader.split(data, 0.8, seed=0)
     mean, std = data_loader.pixel_statistics(data, train)

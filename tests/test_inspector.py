@@ -167,6 +167,21 @@ def test_the_panels_draw_the_targets_and_the_network(teacher):
         assert f"loss {request.loss:.2f}, least {request.least:.2f}" in axes.get_title()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_channels_are_shown(teacher, channels):
+    wanted, names = inspector.requests(teacher, 0), [*"abcdefghij"]
+    image = np.full((8, 8, channels), 100, np.uint8)
+    image[..., -1] = 200
+    figure = inspector.draw(
+        image, "heading", names, 0, teacher.logits["test"][0].softmax(0), wanted
+    )
+    shown = figure.axes[0].images[0].get_array()
+    if channels == 3:
+        assert (shown == image).all()
+    else:
+        assert np.unique(shown) == pytest.approx((200 + 100 * (channels - 1)) / channels)
+
+
 def test_many_classes_show_the_true_one_and_the_likeliest(teacher):
     said = torch.linspace(0, 1, 100).double()
     assert inspector.shown_classes(said, 3) == [3, *range(99, 90, -1)]

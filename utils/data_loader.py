@@ -448,7 +448,8 @@ def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], lis
         indices = indices[torch.randperm(len(indices), generator=stream)[:STATISTICS_IMAGES]]
     if data.images.dtype.is_floating_point:
         (features,) = (part.cpu().double().flatten(0, 2) / 255 for part in data.gather([indices]))
-        return features.mean(0).tolist(), features.std(0, correction=0).tolist()
+        mean, std = features.mean(0), features.std(0, correction=0)
+        return mean.tolist(), _divisors(std)
     counts = torch.zeros(data.images.shape[-1], 256, dtype=torch.int64)
     for images in data.gather(indices.split(512)):
         pixels = images.flatten(0, 2)
@@ -457,8 +458,12 @@ def pixel_statistics(data: ImageData, indices: Tensor) -> tuple[list[float], lis
     shares, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
     mean = shares @ values
     std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
-    # A channel without any variation carries no information; dividing by 1 keeps it finite.
-    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
+    return mean.tolist(), _divisors(std)
+
+
+def _divisors(std: Tensor) -> list[float]:
+    """A channel without any variation carries no information; dividing by 1 keeps it finite."""
+    return torch.where(std > 0, std, 1.0).tolist()
 
 
 # ----------------------------------------------------------------------------------------- batches

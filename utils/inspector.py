@@ -338,7 +338,7 @@ def draw(
     grid = figure.add_gridspec(2, columns + 1, width_ratios=[1.1] + [1] * columns)
     picture = figure.add_subplot(grid[0, 0])
     if image.dtype == np.uint8:
-        pixels = image[..., 0] if image.shape[-1] == 1 else image
+        pixels = image if image.shape[-1] == 3 else image.mean(-1)
         picture.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         picture.set(xticks=[], yticks=[])
         picture.spines[:].set_visible(False)
