@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.request
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import optuna
@@ -495,6 +496,16 @@ def test_mlflow_and_tensorboard_are_told_of_every_training(here, tmp_path):
     for point in "01":
         events = EventAccumulator(str(board / point)).Reload()
         assert [event.step for event in events.Scalars("validation_log_loss")] == [1, 2]
+
+
+def test_the_time_left_is_that_of_all_workers(capsys):
+    """This one is between two trainings, so of two workers one is seen running."""
+    search = Namespace(planned=range(16), failed=False, settled=False)
+    for running, minutes in (0, 8), (1, 4), (9, 1):
+        search.count = lambda running=running: (Counter(done=8, running=running), [60.0] * 8)
+        study.print_progress([search])
+        assert "8 of 16 trainings done" in (said := capsys.readouterr().out)
+        assert f"about {minutes} min left" in said
 
 
 def test_a_dry_run_counts_and_measures_and_writes_nothing(here, tmp_path):

@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 from utils.arguments import PARAMS, settle, training_parser
+from utils.checkpoint import ROOT
 from utils.errors import InputError
 from utils.teacher import VANILLA
 from utils.training import Method, requested_values
 
-ROOT = Path(__file__).parent.parent
 GRIDS = tuple(PARAMS["grids"])
 SAMPLERS = ("grid", "tpe", "random")
 PRUNERS = ("none", "median", "hyperband")

@@ -40,9 +40,10 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from utils import arguments, tables, tracking, training
+from utils.checkpoint import ROOT
 from utils.data_loader import ImageData
 from utils.errors import DivergedError, InputError, Stopped
-from utils.methods import ROOT, SHARED, Range, Space, needs_teacher, student_flags
+from utils.methods import SHARED, Range, Space, needs_teacher, student_flags
 from utils.progress import Progress
 from utils.run_folder import InUse, exclusive, run_path
 from utils.teacher import VANILLA, make_cross_entropy, student_method
@@ -525,7 +526,8 @@ def print_progress(searches: list[Search]) -> None:
     said = [f"study: {states['done']} of {planned} trainings done"]
     said += [f"{states[key]} {key}" for key in ("pruned", "diverged", "running") if states[key]]
     if seconds and left:
-        minutes = left * statistics.mean(seconds) / max(1, states["running"]) / 60
+        workers = min(left, states["running"] + 1)  # this one is between two trainings
+        minutes = left * statistics.mean(seconds) / workers / 60
         said.append(f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left")
     finished = sum(search.settled and not search.failed for search in searches)
     said.append(f"{finished} of {len(searches)} selected and tested")
