@@ -487,8 +487,8 @@ def _with_published(args, method: str, dataset: str, model: str) -> argparse.Nam
     return argparse.Namespace(**{**vars(args), **taken})
 
 
-def _nearest_published(*wanted: str, count: int = 4) -> list[str]:
-    """Those that have most in common with the method, data set and network wanted."""
+def _nearest_published(*wanted: str) -> list[str]:
+    """The four that have most in common with the method, data set and network wanted."""
 
     def in_common(found: tuple[str, ...]) -> tuple[int, list[bool]]:
         same = list(map(fnmatchcase, wanted, found))
@@ -502,7 +502,7 @@ def _nearest_published(*wanted: str, count: int = 4) -> list[str]:
         for model in networks
     ]
     there.sort(key=in_common, reverse=True)
-    return ["{} on {} with {}".format(*found) for found in there[:count]]
+    return ["{} on {} with {}".format(*found) for found in there[:4]]
 
 
 def _in_words(value) -> str:

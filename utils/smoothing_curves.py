@@ -35,7 +35,7 @@ from utils.losses import (
     instance_based_smoothing_loss,
     instance_based_targets,
 )
-from utils.plots import COLOURS, PAGE, STYLE, Drawing, save
+from utils.plots import COLOURS, PAGE, STYLE, save
 from utils.replicas import Candidate, Replicas, Samples, Trained, train
 
 JUDGES = ("validation log loss", "divergence from the truth")  # of the trained factor
@@ -194,14 +194,14 @@ def write_all(
     write(curves | trained, runs, folder)
 
 
-def write(curves: dict[str, pd.DataFrame], runs: pd.DataFrame, folder: Path) -> Drawing:
+def write(curves: dict[str, pd.DataFrame], runs: pd.DataFrame, folder: Path) -> None:
     fits = {name: fit(curve) for name, curve in curves.items()}
     table = pd.concat([curve.assign(curve=name) for name, curve in curves.items()])
     write_text(folder / "curves.csv", table.to_csv(index=False))
     fitted = pd.DataFrame({"curve": name, **values} for name, values in fits.items())
     write_text(folder / "curve_fits.csv", fitted.to_csv(index=False))
     write_text(folder / "curve_runs.csv", runs.to_csv(index=False))
-    return save(draw(curves, fits), folder, "curves", "Smoothing factor curves", CAPTION)
+    save(draw(curves, fits), folder, "curves", "Smoothing factor curves", CAPTION)
 
 
 CAPTION = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models import build_model
 from utils import evaluate, gaussians, tables
-from utils.plots import CLASS_STYLES, COLUMN, STYLE, Drawing, save
+from utils.plots import CLASS_STYLES, COLUMN, STYLE, save
 from utils.replicas import Replicas, Samples, Trained
 from utils.tables import Measured, Shown
 
@@ -240,20 +240,20 @@ DATA_CAPTION = (
 EXTENT = 5.0  # of the part of the plane that is shown, from the origin
 
 
-def draw_regions(axes, extent: float = EXTENT) -> None:
+def draw_regions(axes) -> None:
     """Shades the plane by the likeliest class, the paler the less sure."""
-    line = torch.linspace(-extent, extent, 301, dtype=torch.float64)
+    line = torch.linspace(-EXTENT, EXTENT, 301, dtype=torch.float64)
     x, y = torch.meshgrid(line, line, indexing="xy")
     probabilities, likeliest = gaussians.posterior(torch.stack([x, y], -1)).max(-1)
     colours = np.array([mpl.colors.to_rgb(style["color"]) for style in CLASS_STYLES[:3]])
     strength = 0.45 * (1.5 * probabilities.numpy() - 0.5)[..., None]  # 0 at a probability of 1/3
     shades = 1 - strength * (1 - colours[likeliest.numpy()])
-    axes.imshow(shades, origin="lower", extent=2 * (-extent, extent), interpolation="bilinear")
+    axes.imshow(shades, origin="lower", extent=2 * (-EXTENT, EXTENT), interpolation="bilinear")
     axes.set(aspect="equal", xlabel="x1", ylabel="x2")
 
 
 @mpl.rc_context(STYLE)
-def data_figure(training: Samples, folder: Path) -> Drawing:
+def data_figure(training: Samples, folder: Path) -> None:
     figure = Figure(figsize=(COLUMN, COLUMN), layout="constrained")
     axes = figure.subplots()
     draw_regions(axes)
@@ -264,4 +264,4 @@ def data_figure(training: Samples, folder: Path) -> Drawing:
     for centres, size in zip(gaussians.CENTRES.swapaxes(0, 1), (9, 5), strict=True):
         axes.plot(*centres.T, "x", color="black", markersize=size, markeredgewidth=1.5)
     figure.legend(loc="outside lower center", ncols=3)
-    return save(figure, folder, "data", "The data", DATA_CAPTION)
+    save(figure, folder, "data", "The data", DATA_CAPTION)
