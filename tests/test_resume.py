@@ -17,9 +17,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, Forks, files, run, run_here, start, stopped_script
+from torch import nn
 
 from models import MODELS
-from utils import checkpoint
+from utils import checkpoint, data_loader, training
 
 FAST = ("--model", "shallownet", "--batch_size", 128, "--save_every", 0.0005)
 VANILLA = ("Vanilla-cross-entropy.py", *FAST)
@@ -188,7 +189,7 @@ def test_a_loss_of_ones_own_goes_on_whatever_its_types_and_names(forks, tmp_path
     loss = """{
             "loss": F.cross_entropy(logits, labels),
             "right": (logits.argmax(1) == labels).sum(),
-            "mean-logit": logits.mean(),
+            "mean-logit": logits.mean().view(1),
             "weight": 0.3,
         }"""
     script = stopped_script(tmp_path, "own", loss, step=20)
@@ -216,7 +217,7 @@ def test_a_loss_whose_terms_change_their_names_is_refused(tmp_path):
 def test_a_method_whose_name_cannot_be_one_is_refused_before_it_is_trained(tmp_path):
     script = stopped_script(tmp_path, "my loss", '{"loss": logits.mean()}', step=0)
     error = run(script, "--model", "simple_dense", "--output_dir", tmp_path, status=2).err
-    assert "a method called 'my loss' given" in error
+    assert "training.method is 'my loss', a name of at most 255 letters, digits and" in error
 
 
 def with_a_mask(network):
@@ -241,10 +242,10 @@ def with_another_size_each_time(network):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (with_a_mask, "lenet begins with numbers in network.mask that are not finite"),
+        (with_a_mask, "weights network.mask are not finite"),
         (with_rates, "lenet cannot be made without numbers (RuntimeError: Tensor.item() cannot be"),
         (with_an_array, "lenet cannot be made without numbers (TypeError: "),
-        (with_another_size_each_time, "another network each time it is made (network.size is ("),
+        (with_another_size_each_time, "weights network.size are (torch.float32, ("),
     ],
 )
 def test_a_network_that_no_checkpoint_could_hold_is_refused_before_it_is_trained(
@@ -259,8 +260,43 @@ def test_a_network_that_no_checkpoint_could_hold_is_refused_before_it_is_trained
     error = refused(
         "Vanilla-cross-entropy.py", "--model", "lenet", "--output_dir", tmp_path / "runs"
     )
-    assert said in error
+    assert f"the checkpoint of this training could not be read: {said}" in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_names_that_no_checkpoint_could_hold_are_refused_before_a_training(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(MODELS, "my net", MODELS["simple_dense"])
+    monkeypatch.setitem(data_loader.READERS, "my/digits", data_loader.READERS["digits"])
+    for flag, name in ("--model", "my net"), ("--dataset", "my/digits"):
+        given = (flag, name, "--output_dir", tmp_path / "runs")
+        error = refused("Vanilla-cross-entropy.py", *given)
+        assert f" is '{name}', a " in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_that_uses_a_layer_twice_is_read_again_and_goes_on(tmp_path, monkeypatch):
+    def constructor(input_shape, num_classes):
+        layer = nn.Linear(64, 64)
+        return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer, nn.Linear(64, num_classes))
+
+    monkeypatch.setitem(MODELS, "lenet", MODELS["simple_dense"]._replace(constructor=constructor))
+    command = ("Vanilla-cross-entropy.py", "--model", "lenet", "--epochs", 4, "--output_dir")
+    assert not run_here(*command, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _validate, calls = training._validate, itertools.count(1)
+
+        def stopping(*arguments):
+            if next(calls) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return _validate(*arguments)
+
+        patch.setattr(training, "_validate", stopping)
+        assert run_here(*command, tmp_path / "stopped") == 128 + signal.SIGTERM
+    assert not run_here(*command, tmp_path / "stopped")
+    place = "digits/lenet/vanilla/seed0"
+    assert_same_outcome(tmp_path / "stopped" / place, tmp_path / "whole" / place)
 
 
 def test_settings_may_not_change_on_the_way_but_the_data_folder_may(forks, tmp_path):

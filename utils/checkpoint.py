@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -146,7 +146,12 @@ def contents(
     """What best.pt holds: plain values and tensors only."""
     return {
         "format": FORMAT,
-        "model": _described(model),
+        "model": {
+            "name": model.name,
+            "input_shape": list(model.input_shape),
+            "num_classes": model.num_classes,
+            "network_size": list(model.network_size),
+        },
         "weights": model.state_dict(),
         "training": training,
         "data": data,
@@ -156,27 +161,23 @@ def contents(
     }
 
 
-def check_network(model: ImageClassifier) -> None:
-    """Raises InputError unless `load` will be able to make this network again."""
+def check(content: dict, file_size: float = math.inf) -> None:
+    """Raises ValueError unless this is what `load` can make a network of.
+
+    No memory is taken for the network. ModuleNotFoundError if it is one of timm, which is missing.
+    """
+    _check_fields(content)
     try:
-        with torch.device("meta"):
-            again = _build(_described(model))
-    except Exception as error:  # of the network's constructor
-        raise InputError(
-            f"{model.name} cannot be made without numbers ({type(error).__name__}: {error}), as it "
-            "is when its checkpoint is read; a constructor that looks into no tensor (.item(), "
-            ".numpy(), if) expected"
+        with torch.device("meta"):  # shapes alone
+            model = _build(content["model"])
+    except (ValueError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # the constructor may be anybody's
+        name = content["model"]["name"]
+        raise ValueError(
+            f"{name} cannot be made without numbers ({type(error).__name__}: {error})"
         ) from None
-    first, second = (
-        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        for network in (model, again)
-    )
-    if first != second:
-        name = min(first.keys() ^ second.keys() or (n for n in first if first[n] != second[n]))
-        raise InputError(
-            f"{model.name} is another network each time it is made ({name} is {first.get(name)}, "
-            f"and then {second.get(name)}), so no checkpoint can be read; the same weights expected"
-        )
+    _check_weights(content["weights"], model, file_size)
 
 
 def read_tensors(path: Path) -> dict:
@@ -225,11 +226,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
             "would do"
         )
     try:
-        _check_fields(content)
-        with torch.device("meta"):  # shapes alone: no memory
-            model = _build(content["model"])
-        _check_weights(content["weights"], model, path.stat().st_size)
-    except (ValueError, RuntimeError) as error:
+        check(content, path.stat().st_size)
+    except ValueError as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
     except ModuleNotFoundError as error:
         raise InputError(f"{path} cannot be used: {error}") from None
@@ -248,15 +246,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     )
 
 
-def _described(model: ImageClassifier) -> dict:
-    return {
-        "name": model.name,
-        "input_shape": list(model.input_shape),
-        "num_classes": model.num_classes,
-        "network_size": list(model.network_size),
-    }
-
-
 def _build(described: dict) -> ImageClassifier:
     return build_model(
         described["name"],
@@ -266,7 +255,7 @@ def _build(described: dict) -> ImageClassifier:
     )
 
 
-def _check_weights(weights: dict, model: nn.Module, file_size: int) -> None:
+def _check_weights(weights: dict, model: nn.Module, file_size: float) -> None:
     """Raises ValueError unless these are weights that the network can take and compute with.
 
     model: the network on the meta device.
@@ -280,8 +269,10 @@ def _check_weights(weights: dict, model: nn.Module, file_size: int) -> None:
         there = (expected[name].dtype, tuple(expected[name].shape), torch.strided)
         if here != there:
             raise ValueError(f"weights {name} are {here}, {there} expected")
-    # Strides of zero make a tensor of any size out of one number.
-    if sum(tensor.nbytes for tensor in weights.values()) > file_size:
+    # Strides of zero make a tensor of any size out of one number; but what the network itself uses
+    # twice, a layer say, is in the file once.
+    distinct = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    if sum(distinct.values()) > file_size:
         raise ValueError("its weights are larger than the file")
     # Such as a transformer's table of relative positions, which no file needs to hold.
     beside = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in expected)
@@ -310,14 +301,17 @@ def _real(low: float, high: float = math.inf) -> Callable:
     return lambda value: type(value) is float and low < value < high
 
 
-def is_word(value) -> bool:
+OF_A_FOLDER = "of at most 255 letters, digits and _.+:-"
+
+
+def _is_word(value) -> bool:
     """A name that can be a folder's, too."""
     return type(value) is str and re.fullmatch(r"[A-Za-z0-9_.+:-]{1,255}", value) is not None
 
 
 def _network(value) -> bool:
     try:
-        return is_word(value) and canonical_name(value) == value
+        return _is_word(value) and canonical_name(value) == value
     except ValueError:
         return False
 
@@ -332,7 +326,7 @@ def _list_of(accepted: Callable, lengths: Callable = lambda length: length > 0) 
 
 def _dict_of(accepted: Callable) -> Callable:
     return lambda value: (
-        type(value) is dict and all(map(is_word, value)) and all(map(accepted, value.values()))
+        type(value) is dict and all(map(_is_word, value)) and all(map(accepted, value.values()))
     )
 
 
@@ -341,7 +335,7 @@ def _number(value) -> bool:
 
 
 def _plain(value) -> bool:
-    return value is None or _number(value) or is_word(value)
+    return value is None or _number(value) or _is_word(value)
 
 
 def _setting(value) -> bool:
@@ -349,13 +343,13 @@ def _setting(value) -> bool:
 
 
 def _values(value) -> bool:
-    return _list_of(_number)(value) or _list_of(is_word)(value)
+    return _list_of(_number)(value) or _list_of(_is_word)(value)
 
 
 def _check_fields(content: dict) -> None:
     """Raises ValueError naming the first field that cannot be what `contents` put there."""
     fields = {
-        "model.name": (_network, "a network's name"),
+        "model.name": (_network, f"a network's name {OF_A_FOLDER}"),
         "model.num_classes": (_whole(2, MAX_CLASSES), f"2 to {MAX_CLASSES}"),
         "model.input_shape": (
             _list_of(_whole(1, MAX_SIDE), lambda length: length == 3),
@@ -369,7 +363,7 @@ def _check_fields(content: dict) -> None:
             lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
             "a dictionary of tensors",
         ),
-        "training.method": (is_word, "a name"),
+        "training.method": (_is_word, f"a name {OF_A_FOLDER}"),
         "training.hyper_parameters": (_dict_of(_plain), "a dictionary of plain values"),
         "training.requested": (_dict_of(_values), "a dictionary of lists of numbers or of names"),
         "training.seed": (_whole(0), "a whole number"),
@@ -378,7 +372,10 @@ def _check_fields(content: dict) -> None:
             _dict_of(_setting),
             "a dictionary of plain values and lists of numbers",
         ),
-        "data.dataset": (lambda value: is_word(value) and value in READERS, "a data set's name"),
+        "data.dataset": (
+            lambda value: _is_word(value) and value in READERS,
+            f"a data set's name {OF_A_FOLDER}",
+        ),
         "data.classes": (_list_of(lambda value: type(value) is str), "a list of names"),
         "data.image_size": (
             lambda value: value is None or _whole(1, MAX_SIDE)(value),
@@ -412,7 +409,7 @@ def _check_fields(content: dict) -> None:
         for name in ("data.seed", "data.protocol", "data.tr_size"):
             fields[name.replace("data", "teacher")] = fields[name]
     if isinstance(content.get("training"), dict) and "select_by" in content["training"]:
-        fields["training.select_by"] = (is_word, "a name")
+        fields["training.select_by"] = (_is_word, "a name")
     for name, (accepted, expected) in fields.items():
         value = content
         for key in name.split("."):
@@ -461,14 +458,6 @@ def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
 def environment(device: torch.device) -> dict:
     """What a result may depend on besides its settings: versions, hardware, state of the code."""
 
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(
-                ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
-            ).stdout.rstrip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -481,8 +470,8 @@ def environment(device: torch.device) -> dict:
         "timm": getattr(sys.modules.get("timm"), "__version__", None),  # None: not used
         "device": hardware,
         "threads": torch.get_num_threads(),
-        "commit": git("rev-parse", "HEAD"),
-        "modified": git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "code": code(),
     }
 
@@ -493,7 +482,23 @@ def code() -> dict[str, str]:
     names = {os.path.abspath(sys.argv[0]), *filter(None, loaded)}
     ours = sorted(Path(name) for name in names if name.startswith(f"{ROOT}{os.sep}"))
     return {
-        str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(ROOT)): _digest(path)
         for path in ours
         if path.parent in (ROOT, ROOT / "models", ROOT / "utils") and path.suffix == ".py"
     }
+
+
+# What is edited while a process runs is not what runs in it, so each is looked at once.
+@cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.rstrip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

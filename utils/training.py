@@ -110,12 +110,8 @@ class Trial:
         }
 
     def folder(self, method: str) -> Path:
-        if not checkpoint.is_word(method):
-            raise InputError(
-                f"a method called {method!r} given; at most 255 letters, digits and _.+:- expected"
-            )
-        place = self.output_dir
-        return run_folder.run_path(place, self.data.name, self.model_name, method, self.seed)
+        names = (self.data.name, self.model_name, method)
+        return run_folder.run_path(self.output_dir, *names, self.seed)
 
     def autocast(self):
         half = self.recipe["precision"] == "bfloat16"
@@ -244,7 +240,7 @@ def train_trial(
         f"{trial.recipe['precision']}",
         flush=True,
     )
-    size = _check_network(trial)
+    size = _check(trial, method, requested)
     if size != trial.data.input_shape[1:]:
         print("images are enlarged to {}x{} pixels for the network".format(*size))
     teacher = trial.teacher and trial.teacher.path.resolve()
@@ -276,7 +272,7 @@ def train_trial(
 
 def check_trial(trial: Trial, method: str, requested: dict[str, list]) -> None:
     """Raises InputError for what `train_trial` would refuse. Nothing is written."""
-    _check_network(trial)
+    _check(trial, method, requested)
     run_folder.check(trial.folder(method), _run_settings(trial, method, requested))
 
 
@@ -400,19 +396,8 @@ def fit(
     Leaves best.pt, last.pt and history.csv in the folder.
     """
     recipe = trial.recipe
-    choose_algorithms(recipe, trial.device)
     keeps_last = recipe["protocol"] == "lr"
-    description = {
-        "method": method,
-        "hyper_parameters": hyper_parameters,
-        "requested": {name: [value] for name, value in hyper_parameters.items()},
-        "seed": trial.seed,
-        "recipe": recipe,
-        "trained_on": trial.trained_on,
-        # Epoch and combination, and the temperature: evaluation refuses any other split here.
-        "selected_on": "validation",
-        "temperature_fitted_on": "validation",
-    }
+    description = _description(trial, method, hyper_parameters)
     loss_function = make_loss(trial, **hyper_parameters)
     torch.manual_seed(trial.seed)  # initial weights: the same for every method
     model = new_model(trial)
@@ -472,6 +457,21 @@ def fit(
             yield progress
 
 
+def _description(trial: Trial, method: str, hyper_parameters: dict) -> dict:
+    """What a checkpoint says of its training, but for the epoch."""
+    return {
+        "method": method,
+        "hyper_parameters": hyper_parameters,
+        "requested": {name: [value] for name, value in hyper_parameters.items()},
+        "seed": trial.seed,
+        "recipe": trial.recipe,
+        "trained_on": trial.trained_on,
+        # Epoch and combination, and the temperature: evaluation refuses any other split here.
+        "selected_on": "validation",
+        "temperature_fitted_on": "validation",
+    }
+
+
 def _step(trial: Trial, network, optimizer, loss_function: LossFunction, batch: Batch) -> dict:
     """One step of the optimizer. Returns the terms of the loss, float32 numbers on the device."""
     with trial.autocast():
@@ -481,7 +481,7 @@ def _step(trial: Trial, network, optimizer, loss_function: LossFunction, batch: 
     (terms["loss"] * _weight(batch)).backward()
     optimizer.step()
     return {
-        name: torch.as_tensor(value, dtype=torch.float32, device=trial.device).detach()
+        name: torch.as_tensor(value, dtype=torch.float32, device=trial.device).detach().reshape(())
         for name, value in terms.items()
     }
 
@@ -591,11 +591,26 @@ def choose_algorithms(recipe: dict, device: torch.device) -> None:
             ) from None
 
 
-def _check_network(trial: Trial) -> tuple[int, int]:
-    """What would fail in the first step fails here, before anything is written.
+def _check(trial: Trial, method: str, requested: dict[str, list]) -> tuple[int, int]:
+    """What would fail in the first step, or when best.pt is read, fails before it is written.
 
     Returns the (height, width) at which images enter the network.
     """
+    model = _check_network(trial)
+    training = _description(trial, method, all_combinations(requested)[0])
+    training |= {"requested": requested, "epoch": 1}
+    try:
+        checkpoint.check(_contents(trial, model, training, 1.0, {}))
+    except ValueError as error:
+        raise InputError(
+            f"the checkpoint of this training could not be read: {error}; docs/your-own.md says "
+            "what a network, a loss and a data set must keep to"
+        ) from None
+    return model.network_size
+
+
+def _check_network(trial: Trial) -> ImageClassifier:
+    """A new network, if it can take a step. Chooses the algorithms that it will be trained by."""
     choose_algorithms(trial.recipe, trial.device)
     processes = distributed.shard().count
     smallest = min(trial.recipe["batch_size"], len(trial.splits.train))
@@ -613,20 +628,13 @@ def _check_network(trial: Trial) -> tuple[int, int]:
             f"images make batches of 1, but {trial.model_name} has batch norm, which needs the "
             "variance over a batch; 2 or more expected of both"
         )
-    for name, tensor in model.state_dict().items():  # a checkpoint may hold no other
-        if not tensor.isfinite().all():
-            raise InputError(
-                f"{trial.model_name} begins with numbers in {name} that are not finite; "
-                "register_buffer(..., persistent=False) keeps a mask of -inf out of its checkpoints"
-            )
-    checkpoint.check_network(model)
     unable = distributed.not_synchronised(model)
     if processes > 1 and unable:
         raise InputError(
             f"{trial.model_name} has {', '.join(sorted(unable))}, whose statistics {processes} "
             "processes cannot share; one process, or a network with torch's own batch norm expected"
         )
-    return model.network_size
+    return model
 
 
 def new_model(trial: Trial) -> ImageClassifier:
@@ -697,7 +705,11 @@ def _save_best(path: Path, trial: Trial, model, training: dict, validated) -> No
     else:
         logits, labels, metrics = validated
         temperature = _temperature(logits, labels)
-    content = checkpoint.contents(
+    checkpoint.write_tensors(path, _contents(trial, model, training, temperature, metrics))
+
+
+def _contents(trial: Trial, model, training: dict, temperature: float, metrics: dict) -> dict:
+    return checkpoint.contents(
         model,
         training,
         trial.description,
@@ -705,7 +717,6 @@ def _save_best(path: Path, trial: Trial, model, training: dict, validated) -> No
         temperature,
         {"validation": metrics},
     )
-    checkpoint.write_tensors(path, content)
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
@@ -749,25 +760,25 @@ def _final_metrics(trial: Trial, folder: Path) -> dict:
     validator = checkpoint.load(selection, trial.device)
     logits, labels = collect_logits(validator.model, trial.data, trial.splits.validation)
     temperature = _temperature(logits, labels)
-    validation = all_metrics(logits, labels, trial.ece_bins)
+
+    def both(logits: Tensor, labels: Tensor) -> dict:
+        return {
+            "unscaled": all_metrics(logits, labels, trial.ece_bins),
+            "scaled": all_metrics(logits.double() / temperature, labels, trial.ece_bins),
+        }
+
+    validation = both(logits, labels)
+    metrics = {"validation": validation["unscaled"]}
     for path in sorted({selection, kept}):
-        checkpoint.update(path, temperature=temperature, metrics={"validation": validation})
+        checkpoint.update(path, temperature=temperature, metrics=metrics)
     network = validator if kept == selection else checkpoint.load(kept, trial.device)
-    result: dict = {
+    return {
         "epoch": network.training["epoch"],
         "ece_bins": trial.ece_bins,
         "temperature": temperature,
-        "validation": {
-            "unscaled": validation,
-            "scaled": all_metrics(logits.double() / temperature, labels, trial.ece_bins),
-        },
+        "validation": validation,
+        "test": both(*collect_logits(network.model, trial.data, trial.splits.test)),
     }
-    logits, labels = collect_logits(network.model, trial.data, trial.splits.test)
-    result["test"] = {
-        "unscaled": all_metrics(logits, labels, trial.ece_bins),
-        "scaled": all_metrics(logits.double() / temperature, labels, trial.ece_bins),
-    }
-    return result
 
 
 def _print_metrics(path: Path) -> None:
