@@ -146,11 +146,17 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
     study: without --seed, --trials and --overwrite, which a study of many runs has no use for.
     """
     parser = Parser(description)
-    recipe = PARAMS[defaults]
     if defaults == "training":
         add_data_flags(parser)
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    _add_recipe_flags(parser, PARAMS[defaults])
+    _add_run_flags(parser, defaults, study)
+    add_evaluation_flags(parser)
+    parser.set_defaults(hyper_parameters=(), defaults=defaults)
+    return parser
+
+
+def _add_recipe_flags(parser: Parser, recipe: dict) -> None:
+    add = parser.add_argument_group("training").add_argument
     add(
         "--params",
         type=one_of(PARAMETERS),
@@ -261,8 +267,9 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
         "without it (default: off)",
     )
 
-    group = parser.add_argument_group("runs and files")
-    add = group.add_argument
+
+def _add_run_flags(parser: Parser, defaults: str, study: bool) -> None:
+    add = parser.add_argument_group("runs and files").add_argument
     if not study:
         add(
             "--seed",
@@ -311,9 +318,6 @@ def training_parser(description: str, defaults: str = "training", study: bool = 
         help="save the training state within long epochs; 0 saves at the end of each epoch only, "
         "as several processes do (default: %(default)s)",
     )
-    add_evaluation_flags(parser)
-    parser.set_defaults(hyper_parameters=(), defaults=defaults)
-    return parser
 
 
 def add_data_flags(parser: Parser) -> None:
