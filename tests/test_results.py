@@ -81,7 +81,7 @@ def test_the_published_numbers_of_the_synthetic_data_are_those_of_the_list():
 
 def test_what_parts_that_are_joined_differ_in_is_said(capsys, tmp_path):
     join = runpy.run_path(str(ROOT / "results/join.py"))["join"]
-    table = pd.read_csv(ROOT / "results/mnist-simple-dense-lr/ece/results.csv")
+    table = pd.read_csv(ROOT / "results/mnist-simple-dense-lr/ece/seeds-0-2/results.csv")
     for part, precision in ("a", "float32"), ("b", "bfloat16"):
         (tmp_path / part).mkdir()
         seeds = table[table["seed"] == 0] if part == "a" else table[table["seed"] != 0]
