@@ -39,8 +39,11 @@ def test_a_measured_number_stands_beside_its_published_one_with_z():
         assert shown["z"] == pytest.approx(distance)
 
 
+def join(folder, left_out):
+    runpy.run_path(str(ROOT / "results/join.py"))["join"](folder, left_out)
+
+
 def test_the_joined_tables_are_those_of_their_parts(tmp_path):
-    join = runpy.run_path(str(ROOT / "results/join.py"))["join"]
     folder = tmp_path / "joined"
     shutil.copytree(ROOT / "results/fashionmnist-densenet-8-epochs", folder)
     for path in folder.glob("*.*"):
@@ -52,7 +55,6 @@ def test_the_joined_tables_are_those_of_their_parts(tmp_path):
 
 
 def test_a_method_that_shares_one_seed_alone_is_joined_without_a_test(tmp_path):
-    join = runpy.run_path(str(ROOT / "results/join.py"))["join"]
     for part in ("seeds-0-1", "seed-4"):
         source = ROOT / "results/fashionmnist-densenet-8-epochs" / part / "results.csv"
         (tmp_path / part).mkdir()
@@ -80,7 +82,6 @@ def test_the_published_numbers_of_the_synthetic_data_are_those_of_the_list():
 
 
 def test_what_parts_that_are_joined_differ_in_is_said(capsys, tmp_path):
-    join = runpy.run_path(str(ROOT / "results/join.py"))["join"]
     table = pd.read_csv(ROOT / "results/mnist-simple-dense-lr/ece/seeds-0-2/results.csv")
     for part, precision in ("a", "float32"), ("b", "bfloat16"):
         (tmp_path / part).mkdir()

@@ -592,7 +592,7 @@ def choose_algorithms(recipe: dict, device: torch.device) -> None:
 
 
 def _check(trial: Trial, method: str, requested: dict[str, list]) -> tuple[int, int]:
-    """What would fail in the first step, or when best.pt is read, fails before it is written.
+    """What would fail in the first step, or when best.pt is read, fails before anything is written.
 
     Returns the (height, width) at which images enter the network.
     """
