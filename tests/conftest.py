@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +174,19 @@ def forks(tmp_path_factory):
     forks = Forks(tmp_path_factory.mktemp("log") / "log")
     yield forks
     forks.close()
+
+
+def memory(kind: str = "VmRSS") -> float:
+    """MiB that this process has (VmRSS), or the most that it had (VmHWM), by Linux's /proc."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{kind}:\s*(\d+) kB", status)[1]) / 1024
+
+
+def peak_memory() -> Callable[[], float]:
+    """Returns a function: the most MiB that this process has had from now on, over what it has."""
+    Path("/proc/self/clear_refs").write_text("5")  # its peak is what it has now
+    before = memory()
+    return lambda: memory("VmHWM") - before
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,6 @@ import json
 import math
 import pickle
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -25,6 +24,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from conftest import peak_memory
 from PIL import Image
 
 from utils import checkpoint, data_loader, training
@@ -44,7 +44,7 @@ CASES = {
     "CIFAR": 100,
     "images": 450,
 }
-SECONDS, BYTES = 20, 2**30  # most that a case may take over the normal
+SECONDS, MIB = 20, 1024  # most that a case may take over the normal
 
 
 class Hang(BaseException):
@@ -69,7 +69,7 @@ class Strangers:
 
     def run(self, kind: str, case) -> None:
         """case(random numbers) mutates and returns the function that reads what it mutated."""
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak_memory()
 
         def hang(number, frame):
             raise Hang
@@ -96,10 +96,9 @@ class Strangers:
                 self.ends[kind, end] += 1
         finally:
             signal.signal(signal.SIGALRM, handler)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         # What refuses everything refuses what is sound, too. Only a checksum may do so.
         assert kind == "CIFAR" or self.ends[kind, "works"], kind
-        assert grown * 1024 < BYTES, f"{kind} took {grown} KiB"
+        assert peak() < MIB, f"{kind} took {peak():.0f} MiB"
 
 
 @pytest.fixture(scope="module")

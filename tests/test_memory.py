@@ -3,22 +3,15 @@
 import os
 from contextlib import closing, redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 import torch
+from conftest import memory
 
 from utils import data_loader, training
 from utils.arguments import training_parser
 from utils.teacher import make_cross_entropy
 
 
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_epochs_do_not_grow_memory(tmp_path):
     """0.3 MiB from epoch 50 to 200 where this was written; one kept logit tensor of an epoch would
     be 10 MiB, one kept network 60."""
@@ -32,7 +25,7 @@ def test_epochs_do_not_grow_memory(tmp_path):
     resident = {}
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(epochs):
         for progress in epochs:
-            resident[progress.epoch] = resident_mib()
+            resident[progress.epoch] = memory()
     assert resident[200] - resident[50] < 4, resident
 
 

@@ -125,8 +125,9 @@ def test_a_network_learns_as_the_published_code_and_as_ours_trains_it():
         "resnet18",
     ],
 )
-def test_the_commands_of_a_target_are_taken(target, capfd):
+def test_the_commands_of_a_target_are_taken(target, capfd, monkeypatch, tmp_path):
     """All but those that train. What they read is not there: they say so, of the right folder."""
+    monkeypatch.chdir(tmp_path)  # where nobody has any runs
     make = ["make", "--dry-run", "--directory", ROOT, target]
     said = subprocess.run(make, check=True, capture_output=True, text=True).stdout
     script = r"(?:Models-evaluation|Network-distillation)\.py [^&|;\n]+"

@@ -2,6 +2,7 @@
 
 import runpy
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from utils.arguments import training_parser
 from utils.checkpoint import Checkpoint
 from utils.data_loader import AUGMENTATIONS, ImageData, shuffled_batches
 from utils.inference import StoredLogits
-from utils.losses import distillation_loss, instance_based_smoothing_loss
+from utils.losses import (
+    class_average_logits,
+    confidence_penalty_loss,
+    distillation_loss,
+    focal_loss,
+    instance_based_smoothing_loss,
+    label_relaxation_loss,
+    label_smoothing_loss,
+)
 from utils.methods import load_script
 
 IMAGES, BATCH = 45, 16  # the last batch is not full
@@ -193,12 +202,60 @@ def loss_of(script: str, scaled: bool | None = None, **hyper_parameters) -> torc
 
 
 @pytest.mark.parametrize(
-    ("variant", "divisor"), [("ils1", 2.5), ("ils", 2.5), ("ils2", 1), ("scores", 1)]
+    ("script", "loss", "name", "value"),
+    [
+        ("Label-smoothing.py", label_smoothing_loss, "smoothing", 0.3),
+        ("Label-relaxation.py", label_relaxation_loss, "alpha", 0.3),
+        ("Focal-loss.py", focal_loss, "gamma", 3.0),
+        ("Confidence-penalty.py", confidence_penalty_loss, "beta", 0.7),
+    ],
 )
-def test_ils1_and_ils_ask_the_calibrated_teacher(variant, divisor):
-    expected = instance_based_smoothing_loss(Z, Y, U / divisor, variant=variant)
-    found = loss_of("Instance-based-smoothing.py", variant=variant)
-    torch.testing.assert_close(found, expected)
+def test_a_script_hands_its_hyper_parameter_to_its_loss(script, loss, name, value):
+    found = loss_of(script, **{name: value})
+    torch.testing.assert_close(found, loss(Z, Y, **{name: value}))
+    assert not torch.isclose(found, loss(Z, Y)), "the value is the default's like"
+
+
+# Of each variant all that it reads, none of it the default.
+QUADRATIC = {"factor": "quadratic", "shift": 0.6, "slope": 1.5, "cap": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("variant", "divisor", "hyper_parameters"),
+    [
+        ("ils1", 2.5, QUADRATIC),
+        ("ils1", 2.5, {"factor": "proportional", "smoothing": 0.3}),
+        ("ils", 2.5, {**QUADRATIC, "temperature": 4.0}),
+        ("ils", 2.5, {"factor": "complementary", "smoothing": 0.3, "temperature": 4.0}),
+        ("ils2", 1, {"smoothing": 0.3, "temperature": 4.0}),
+        ("scores", 1, {"smoothing": 0.3}),
+    ],
+)
+def test_ils1_and_ils_ask_the_calibrated_teacher(variant, divisor, hyper_parameters):
+    found = loss_of("Instance-based-smoothing.py", variant=variant, **hyper_parameters)
+    expected = partial(instance_based_smoothing_loss, Z, Y, U / divisor, variant=variant)
+    torch.testing.assert_close(found, expected(**hyper_parameters))
+    for name in hyper_parameters.keys() - {"factor"}:
+        others = {key: value for key, value in hyper_parameters.items() if key != name}
+        assert not torch.isclose(found, expected(**others)), f"{name} makes no difference"
+
+
+def test_the_averages_of_a_class_are_of_the_training_split_alone(digits, tmp_path):
+    asked = Asked(digits, tmp_path)
+    trial, hyper_parameters = asked.trial, {"smoothing": 0.3, "temperature": 4.0}
+    make_loss = load_script(ROOT / "Instance-based-smoothing.py").make_loss
+    loss = make_loss(trial, variant="class", **hyper_parameters)
+    indices = trial.splits.train
+    assert asked.images == len(indices) == 144
+    with torch.no_grad():
+        logits = trial.teacher.model(digits.images[indices].permute(0, 3, 1, 2))
+    averages = class_average_logits(logits, digits.labels[indices], 4.0)
+    labels = torch.arange(10)
+    z = torch.randn(10, 10, generator=torch.Generator().manual_seed(2))
+    expected = instance_based_smoothing_loss(
+        z, labels, averages[labels], variant="class", **hyper_parameters
+    )
+    torch.testing.assert_close(loss(z, Namespace(labels=labels))["loss"], expected)
 
 
 @pytest.mark.parametrize(("scaled", "divisor"), [(True, 2.5), (False, 1)])
