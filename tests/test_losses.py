@@ -73,7 +73,7 @@ def expected_targets(
     slope=2.0,
     cap=0.2,
 ):
-    """Straight from the table of Instance-based-smoothing.py, by probabilities and a loop, for moderate logits."""
+    """The table of Instance-based-smoothing.py by probabilities and a loop, for moderate logits."""
     u = np.asarray(u, dtype=np.float64)
     classes = len(u)
     q_y = softmax(u)[y]

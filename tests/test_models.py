@@ -14,6 +14,10 @@ SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 20, 28)]
 SMALL_MODELS = [name for name in MODELS if name not in {"resnet34", "resnet101", "resnet152"}]
 
 
+# Those of torchvision's that keep its way, and those without convolutions, aside.
+DRAWN_AS_HE_HAS_IT = set(SMALL_MODELS) - {"densenet100bc", "lenet", "simple_dense", "feed_forward"}
+
+
 def random_images(shape, count=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
@@ -228,6 +232,36 @@ def test_dropout(name, expected):
     with torch.device("meta"):
         model = build_model(name)
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == expected
+
+
+def test_batch_norm_of_vgg16_stands_behind_relu():
+    with torch.device("meta"):
+        kinds = [type(module) for module in build_model("vgg16").network]
+    behind = [tuple(kinds[i + 1 : i + 3]) for i, kind in enumerate(kinds) if kind is nn.Conv2d]
+    assert behind == [(nn.ReLU, nn.BatchNorm2d)] * 13
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN_AS_HE_HAS_IT))
+def test_convolutions_begin_as_he_has_it(name):
+    """Normal, of the variance 2 / (kernel area · output channels), and biases of 0."""
+    convolutions = [m for m in build(name).modules() if isinstance(m, nn.Conv2d)]
+    assert convolutions
+    for convolution in convolutions:
+        weight = convolution.weight.detach().double()
+        expected = (2 / (weight[0, 0].numel() * len(weight))) ** 0.5
+        n = weight.numel()
+        assert weight.std() == pytest.approx(expected, rel=6 / (2 * n) ** 0.5)
+        assert abs(weight.mean()) < 6 * expected / n**0.5
+        assert convolution.bias is None or not convolution.bias.any()
+
+
+def test_feed_forward_begins_as_glorot_has_it():
+    """Uniform within ±sqrt(6 / (inputs + outputs)), and biases of 0."""
+    for layer in build("feed_forward", (1, 1, 2), 3).modules():
+        if isinstance(layer, nn.Linear):
+            bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+            assert not layer.bias.any()
 
 
 @pytest.mark.parametrize(

@@ -269,10 +269,25 @@ def test_milestones_that_cannot_be(flags, reason, refused, tmp_path):
 SGD = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.01, "epochs": 10, "fall": 0.1}
 
 
-def test_sgd_is_that_of_the_papers():
-    settings = new_optimizer(torch.nn.Linear(3, 2), SGD).defaults
-    expected = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "dampening": 0}
-    assert expected.items() <= settings.items()
+@pytest.mark.parametrize(
+    ("name", "kind", "more"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "dampening": 0}),
+        ("adam", torch.optim.Adam, {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}),
+    ],
+)
+def test_the_optimizers_are_those_of_the_papers(name, kind, more):
+    optimizer = new_optimizer(torch.nn.Linear(3, 2), {**SGD, "optimizer": name})
+    assert type(optimizer) is kind
+    assert {"lr": 0.1, "weight_decay": 0.01, **more}.items() <= optimizer.defaults.items()
+
+
+@pytest.mark.parametrize("dataset", READERS)
+def test_the_augmentation_of_a_data_set(dataset):
+    expected = {"cifar10": "crop-flip", "cifar100": "crop-flip", "fashionmnist": "flip"}
+    expected["imagefolder"] = "flip"
+    args = training_parser("").parse_args(["--dataset", dataset])
+    assert recipe(args, dataset)["augment"] == expected.get(dataset, "none")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from torch import nn
 
 from models import MODELS
 from utils import checkpoint, data_loader, training
+from utils.arguments import training_parser
+from utils.teacher import make_cross_entropy
 
 FAST = ("--model", "shallownet", "--batch_size", 128, "--save_every", 0.0005)
 VANILLA = ("Vanilla-cross-entropy.py", *FAST)
@@ -84,8 +86,8 @@ def test_kills_at_random_moments_leave_no_trace(forks, teacher, tmp_path, kind):
     duration = time.monotonic() - began
     kills = within = 0
     for attempt in range(100):
-        folder, status = tmp_path / str(attempt), None
-        while status != 0:
+        folder = tmp_path / str(attempt)
+        for _ in range(100):
             process = forks.start(*command, "--output_dir", folder)
             # Often enough that there are many, late enough that each start gets somewhere.
             delay = moments.uniform(0.1, 0.6) * duration
@@ -97,6 +99,8 @@ def test_kills_at_random_moments_leave_no_trace(forks, teacher, tmp_path, kind):
             assert status in (0, -signal.SIGKILL), forks.said
             kills += status != 0
             within += "continued after" in forks.said and ", step 0" not in forks.said
+            if status == 0:
+                break
         assert_same_outcome(folder, tmp_path / "whole")
         if kills >= KILLS:
             break
@@ -152,12 +156,12 @@ def test_a_kill_while_an_earlier_run_is_removed(forks, tmp_path):
     "flags",
     [
         ("--precision", "bfloat16", "--optimizer", "adam", "--augment", "crop-flip"),
-        ("--schedule", "cosine", "--weight_decay", 0.01, "--estop", 2),
+        ("--schedule", "cosine", "--weight_decay", 0.01),
         ("--model", "resnet56", "--batch_size", 500, "--epochs", 1),
     ],
 )
 def test_every_state_of_a_recipe_comes_back(forks, tmp_path, flags):
-    """Adam's moments, the schedule, early stopping, batch norm, dropout, bfloat16."""
+    """Adam's moments, the schedule, batch norm, dropout, bfloat16."""
     command = (*VANILLA, "--epochs", 4, "--save_every", 1e-9, *flags)
     forks.run(*command, "--output_dir", tmp_path / "whole")
     folder, kills, status = tmp_path / "killed", 0, None
@@ -170,6 +174,35 @@ def test_every_state_of_a_recipe_comes_back(forks, tmp_path, flags):
     print(f"\n{kills} kills with {flags}")
     assert kills >= 2
     assert_same_outcome(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stopped_after", [None, 1, 3])
+def test_a_training_stops_early_and_keeps_the_best_epoch(stopped_after, tmp_path, monkeypatch):
+    """After validation log losses of 3, 1, 2 and 2, also in two goes."""
+    losses, validate = [3.0, 1.0, 2.0, 2.0], training._validate
+
+    def scripted(trial, model, row):
+        validated = validate(trial, model, row)
+        row["validation_log_loss"] = losses[row["epoch"] - 1]
+        return validated
+
+    monkeypatch.setattr(training, "_validate", scripted)
+    flags = ("--model", "simple_dense", "--epochs", "9", "--estop", "2", "--batch_size", "512")
+    args = training_parser("").parse_args(flags)
+    args.device = torch.device("cpu")
+    trial = training.new_trial(args, data_loader.load("digits"), args.model, 0)
+
+    def epochs():
+        return training.fit(trial, "vanilla", {}, make_cross_entropy, tmp_path)
+
+    if stopped_after:
+        first = epochs()
+        assert next(p for p in first if p.epoch == stopped_after).waited == (stopped_after == 3)
+        first.close()
+    *_, progress = epochs()
+    assert (progress.epoch, progress.best_epoch, progress.waited) == (4, 2, 2)
+    assert checkpoint.load(tmp_path / "best.pt").training["epoch"] == 2
+    assert list(pd.read_csv(tmp_path / "history.csv")["validation_log_loss"]) == losses
 
 
 def test_a_finished_run_is_reported_and_nothing_is_written(forks, teacher):
