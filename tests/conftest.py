@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -208,11 +209,20 @@ def same_bits(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+# The same examples each time, however slow the machine is.
+settings.register_profile(
+    "tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
+
+
 def pytest_configure(config):
     """All but `pytest -m cuda` is of the CPU: the scripts would take a GPU by themselves, and what
     is promised of its bits and digits is less."""
-    if config.option.markexpr != "cuda":
+    chosen = config.option.markexpr
+    if "cuda" not in chosen or "not cuda" in chosen:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["no_proxy"] = "127.0.0.1"  # servers of the tests are not behind any
 
 
 def pytest_collection_modifyitems(items):

@@ -28,7 +28,7 @@ def test_a_row_for_each_network_with_rates_ratios_hardware_and_versions(tmp_path
     assert (row["batch_size"], row["precision"], row["compile"]) == (32, "float32", False)
     for name in (*RATES, *RATIOS, "epoch_rest"):
         assert math.isfinite(row[name]), name
-        assert row[name] > 0, name
+        assert row[name] > 0 or name == "epoch_rest", name  # a difference, of very few steps here
         assert f"\n{name} " in said
     assert row["torch"] == torch.__version__
     assert row["device"] in said.splitlines()[0]

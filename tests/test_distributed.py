@@ -14,6 +14,7 @@ from conftest import ROOT, run, stopped_script, weights
 from torch import nn
 
 from utils import distributed
+from utils.errors import InputError
 
 FLAGS = ("--precision", "float32", "--lr", 0.02, "--epochs", 3, "--batch_size", 99)
 
@@ -35,6 +36,30 @@ def torchrun(*command) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, f"{command}\n{out}\n{err}"
     return out
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "why"),
+    [
+        ("Models-evaluation.py", ("runs",), "evaluation is of one process"),
+        (
+            "Hyperparameter-study.py",
+            ("--model", "lenet"),
+            "a study's workers each train by themselves",
+        ),
+    ],
+)
+def test_scripts_of_one_process_are_not_for_torchrun(script, flags, why, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"started by torchrun, but {why}" in refused(script, *flags)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "LOCAL_RANK": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="3 processes on this machine, but it has 2 GPUs; --nproc"):
+        distributed.start(torch.device("cuda"))
 
 
 def history(folder: Path, method: str) -> pd.DataFrame:

@@ -37,7 +37,7 @@ for _variant in VARIANTS:
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-examples = settings(max_examples=30, derandomize=True, deadline=None)
+examples = settings(max_examples=30)
 hyper = st.floats(0.01, 0.99)
 seeds = st.integers(0, 2**31)
 

@@ -15,7 +15,7 @@ from utils.evaluate import (
     log_loss,
 )
 
-bounded = settings(max_examples=60, derandomize=True, deadline=None)
+bounded = settings(max_examples=60)
 
 CLASSES = st.one_of(st.integers(2, 12), st.sampled_from([100, 1000]))
 BINS = st.integers(1, 25)

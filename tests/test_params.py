@@ -172,7 +172,7 @@ def test_published_settings_are_applied_and_listed(fashion_mnist, tmp_path, caps
     assert not run_here(
         "Label-relaxation.py", "--params", "published", "--dataset", "fashionmnist",
         "--model", "simple_dense", "--alpha", 0.05, "--epochs", 1, "--tr_size", 0.01,
-        "--output_dir", tmp_path,
+        "--data_dir", tmp_path / "data", "--output_dir", tmp_path,
     )  # fmt: skip
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("published settings (LR paper")

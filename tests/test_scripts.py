@@ -4,14 +4,12 @@ import hashlib
 import json
 import math
 import re
-import signal
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run, run_here, same_bits, start, weights
+from conftest import ROOT, run, run_here, same_bits, weights
 
 from utils import training
 
@@ -273,27 +271,6 @@ def test_every_variant_trains(runs, tmp_path, flags):
     )  # fmt: skip
     metrics = tmp_path / f"digits/shallownet/instance-based-{flags[1]}/seed0/metrics.json"
     assert json.loads(metrics.read_text())["test"]["unscaled"]["accuracy"] > 0.8
-
-
-def test_a_terminated_run_says_how_to_go_on_and_ends_in_the_same_bits(runs, tmp_path):
-    folder, _ = runs
-    command = ("Vanilla-cross-entropy.py", *FAST, "--output_dir", tmp_path)
-    process = start(*command)
-    history = tmp_path / "digits/shallownet/vanilla/seed0/history.csv"
-    while not history.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the training was over before the signal came")
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "to continue: python Vanilla-cross-entropy.py" in error
-    assert len(error.strip().splitlines()) == 1
-    assert "continued after epoch" in run(*command).out
-    name = "digits/shallownet/vanilla/seed0/"
-    assert same_bits(folder / "runs" / name / "best.pt", tmp_path / name / "best.pt")
-    for file in ("history.csv", "metrics.json"):
-        assert (folder / "runs" / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
 
 
 def test_a_loss_that_diverges_has_its_own_status(tmp_path):

@@ -497,6 +497,66 @@ def test_what_a_study_trained_with_other_code_is_pointed_out(here, without_table
     assert "1 of 1 selected and tested" in said
 
 
+class Client:
+    """Of MLflow: it writes down what it is told, and knows of two epochs."""
+
+    def __init__(self) -> None:
+        self.told = []
+
+    def get_metric_history(self, run: str, name: str) -> list[Namespace]:
+        return [Namespace(step=1), Namespace(step=2)]
+
+    def __getattr__(self, name: str):
+        return lambda *given, **named: self.told.append((name, *given, *named.values()))
+
+
+class Away:
+    def __getattr__(self, name: str):
+        raise ConnectionError("no route\nto host")
+
+
+def mlflow_with(client) -> study.tracking.MLflow:
+    tracker = object.__new__(study.tracking.MLflow)
+    tracker.client, tracker.experiment, tracker.parent = client, "0", "parent"
+    return tracker
+
+
+TAKEN_UP = Namespace(user_attrs={"mlflow_run": "earlier"})  # a trial whose worker has died
+
+
+def test_a_training_that_another_worker_began_is_told_from_where_it_was():
+    tracker = mlflow_with(client := Client())
+    tracker.start(None, TAKEN_UP, {})
+    for epoch in (1, 2, 3):
+        tracker.epoch({"epoch": epoch, "validation_log_loss": 0.5})
+    assert client.told == [
+        ("update_run", "earlier", "RUNNING"),
+        ("log_metric", "earlier", "validation_log_loss", 0.5, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("pruned", "KILLED"), ("diverged", "FAILED"), ("stopped", None)]
+)
+def test_how_a_training_ended_is_told(state, status, tmp_path):
+    tracker = mlflow_with(client := Client())
+    tracker.start(None, TAKEN_UP, {})
+    client.told.clear()
+    tracker.end(state, tmp_path)
+    told = [("set_tag", "earlier", "state", state), ("set_terminated", "earlier", status)]
+    assert client.told == (told if status else [])
+
+
+def test_a_server_that_is_away_costs_no_training(capsys, tmp_path):
+    tracker = mlflow_with(Away())
+    tracker.start(None, TAKEN_UP, {})
+    tracker.epoch({"epoch": 1, "validation_log_loss": 0.5})
+    tracker.end("finished", tmp_path)
+    tracker.tables(tmp_path)
+    said = capsys.readouterr().err
+    assert said == "warning: MLflow was not told: no route to host\n" * 4
+
+
 def test_mlflow_and_tensorboard_are_told_of_every_training(here, tmp_path):
     if not importlib.util.find_spec("mlflow"):
         missing("no MLflow: pip install mlflow")
