@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,8 +136,12 @@ class Forks:
         return self.running
 
     def end(self) -> int:
-        """Waits for the script started last. Returns its status, negative after a signal."""
+        """Waits for the script started last. Returns its status, negative after a signal; one that
+        hangs is killed."""
+        hangs = threading.Timer(600, os.kill, (self.running, signal.SIGKILL))
+        hangs.start()
         status = int(self.server.stdout.readline())
+        hangs.cancel()
         self.running = None
         return status
 

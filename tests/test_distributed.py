@@ -45,7 +45,7 @@ def torchrun(*command) -> str:
         (
             "Hyperparameter-study.py",
             ("--model", "lenet"),
-            "a study's workers each train by themselves",
+            "a study's workers each train",
         ),
     ],
 )

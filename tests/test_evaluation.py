@@ -1,13 +1,17 @@
 """Models-evaluation.py on checkpoints made by hand: what it reads, refuses, warns of and writes."""
 
+import base64
+import re
+
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, Finished, files, run_here
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from models import build_model
-from utils import checkpoint, comparison, data_loader
+from utils import checkpoint, comparison, data_loader, plots
 from utils.evaluate import calibrated_ece_by_chance
 
 SCRIPT = "Models-evaluation.py"
@@ -193,6 +197,35 @@ def test_bad_flags_leave_the_tables_as_they_are(evaluate, runs, tmp_path, flags)
     before = files(tmp_path)
     evaluate(runs / "ls", *flags, status=2)
     assert files(tmp_path) == before
+
+
+def test_figures_and_one_page_with_all_of_it(evaluate, runs, tmp_path):
+    page, drawn = tmp_path / "report.html", ("--plots", "--tsne_classes", 3, 8, "--inspect", 5)
+    said = evaluate(runs, "--compare", *drawn, "--report", page)
+    assert f"written to {tmp_path / 'out'} and {page}" in said.out
+    named = re.findall(r"\]\((\S+\.png)\)", (tmp_path / "out/figures.md").read_text())
+    assert sorted(named) == sorted(path.name for path in tmp_path.glob("out/*.png"))
+    assert set(named) == {"loss-triangle.png", "inspect-digits-shallownet-5.png"} | {
+        f"digits-shallownet{students}-{kind}.png"
+        for students in ("", "-distilled-students")
+        for kind in ("reliability", "ece-by-bins", "t-sne")  # no curves: there is no history
+    }
+    text = page.read_text()
+    for name in named:
+        assert base64.b64encode((tmp_path / "out" / name).read_bytes()).decode() in text
+    for table in ("summary", "students", "comparison"):
+        cell = (tmp_path / f"out/{table}.md").read_text().splitlines()[2].split("|")[2].strip()
+        assert f">{cell}<" in text
+    assert "--tsne_classes 3 8" in text
+
+
+def test_the_classes_of_the_t_sne_are_those_asked_for(evaluate, runs, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        plots, "embedding", lambda methods, classes: chosen.append(classes) or Figure()
+    )
+    evaluate(runs, "--plots", "--tsne_classes", 3, 8)
+    assert chosen == [[3, 8]] * 2  # of the networks, and of the students
 
 
 def test_no_table_of_another_evaluation_stays(evaluate, runs, tmp_path):
