@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -193,6 +196,16 @@ def peak_memory() -> Callable[[], float]:
     Path("/proc/self/clear_refs").write_text("5")  # its peak is what it has now
     before = memory()
     return lambda: memory("VmHWM") - before
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def idx(array: np.ndarray) -> bytes:
+    """MNIST's format: 0, 0, type 8 (uint8), number of dimensions, the dimensions, the values."""
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import FASHION_MNIST
+from conftest import FASHION_MNIST, idx, write_image
 from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -78,11 +78,6 @@ def random_images(count: int, *shape: int, seed: int = 0) -> np.ndarray:
 
 def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def idx(array: np.ndarray) -> bytes:
-    """The IDX format: 0, 0, type 8 (uint8), number of dimensions, the dimensions, the values."""
-    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def write_mnist(folder: Path, monkeypatch):
@@ -168,9 +163,7 @@ def write_imagefolder(folder: Path, monkeypatch):
     for seed, part in enumerate(("train", "test")):
         images, labels = random_images(6, 9, 7, 3, seed=seed), np.repeat([0, 1], 3)
         for number, image in enumerate(images):
-            path = folder / part / ("ant", "bee")[number // 3] / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+            write_image(folder / part / ("ant", "bee")[number // 3] / f"{number}.png", image)
         parts[part] = (images, labels)
     return parts, ["ant", "bee"]
 

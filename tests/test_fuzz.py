@@ -24,7 +24,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import peak_memory
+from conftest import idx, peak_memory
 from PIL import Image
 
 from utils import checkpoint, data_loader, training
@@ -458,23 +458,22 @@ def test_idx_files(strangers, no_network):
     folder, draw = strangers.folder / "idx", np.random.default_rng(0)
     raw = folder / "MNIST/raw"
     raw.mkdir(parents=True)
-    idx = {}
+    parts = {}
     for part in ("train", "t10k"):
-        images = draw.integers(0, 256, (12, 28, 28), dtype=np.uint8).tobytes()
-        labels = draw.integers(0, 10, 12, dtype=np.uint8).tobytes()
-        idx[f"{part}-images-idx3-ubyte"] = struct.pack(">4I", 0x803, 12, 28, 28) + images
-        idx[f"{part}-labels-idx1-ubyte"] = struct.pack(">2I", 0x801, 12) + labels
-    for name, content in idx.items():
+        images = draw.integers(0, 256, (12, 28, 28), dtype=np.uint8)
+        parts[f"{part}-images-idx3-ubyte"] = idx(images)
+        parts[f"{part}-labels-idx1-ubyte"] = idx(draw.integers(0, 10, 12, dtype=np.uint8))
+    for name, content in parts.items():
         (raw / name).write_bytes(content)
     read_data("mnist", folder)
 
     def case(draw):
         for path in raw.iterdir():
             path.unlink()
-        for name, content in idx.items():
+        for name, content in parts.items():
             (raw / name).write_bytes(content)
-        name = draw.choice(list(idx))
-        mutated = mutate_bytes(idx[name], draw)
+        name = draw.choice(list(parts))
+        mutated = mutate_bytes(parts[name], draw)
         if draw.random() < 0.25:
             (raw / name).unlink()
             packed = gzip.compress(mutated)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files
+from conftest import ROOT, files, write_image
 from matplotlib.figure import Figure
 from PIL import Image
 from test_resume import assert_same_outcome, assert_stopped
@@ -46,8 +46,7 @@ def write_folder(folder: Path, train: int, test: int, height: int = 8, width: in
         for number in range(count):
             pixels = draw.integers(0, 200, (height, width, 3)) + 55 * (number % 2)
             path = folder / part / ("ant", "bee")[number % 2] / f"{number:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
+            write_image(path, pixels.astype(np.uint8))
     return folder
 
 

@@ -10,8 +10,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import run, run_here, weights
-from PIL import Image
+from conftest import run, run_here, weights, write_image
 from sklearn.datasets import load_digits
 
 from models import build_model, canonical_name, from_timm
@@ -30,8 +29,7 @@ def few_digits(tmp_path_factory):
     folder, digits = tmp_path_factory.mktemp("digits"), load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images[:110], digits.target, strict=False)):
         path = folder / ("train" if index < 80 else "test") / str(label) / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(path)
+        write_image(path, (pixels * 255 / 16).astype("uint8"))
     return ("--data_dir", folder, "--epochs", 1)
 
 

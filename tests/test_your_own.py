@@ -10,8 +10,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Forks
-from PIL import Image
+from conftest import ROOT, Forks, write_image
 from sklearn.datasets import load_digits
 
 pytest.importorskip("timm")
@@ -50,10 +49,8 @@ def write_flowers(project, layout: str) -> None:
     draw = np.random.default_rng(0)
     for place in layout.split():
         for number in range(8):
-            path = project / place.replace("*", str(number))
-            path.parent.mkdir(parents=True, exist_ok=True)
             pixels = draw.integers(256, size=(20 + number, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(path)
+            write_image(project / place.replace("*", str(number)), pixels)
 
 
 def write_letters(project) -> None:
