@@ -19,7 +19,7 @@ from conftest import ROOT, peak_memory, run
 from PIL import Image
 
 from models import build_model
-from utils import checkpoint, data_loader, training
+from utils import arguments, checkpoint, data_loader, training
 from utils.errors import InputError
 from utils.inference import evaluate_checkpoint
 
@@ -64,6 +64,7 @@ def refuses(refused, tmp_path):
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError("Unable to allocate 112. GiB for an array with shape (15000, 1000000)"),
@@ -89,6 +90,29 @@ def test_a_gpu_that_is_too_old_is_said_in_one_line(refused, monkeypatch, tmp_pat
     said = refused("Vanilla-cross-entropy.py", "--output_dir", tmp_path)
     assert "error: CUDA error: no kernel image is available" in said
     assert "device; a PyTorch made for this GPU, or --device cpu, would do" in said
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"),
+    [((6, 1), "cpu"), ((7, 5), "cuda"), ((8, 0), "cpu"), ((8, 9), "cuda"), ((12, 0), "cuda")],
+)
+def test_a_gpu_without_kernels_is_taken_when_named_only(capability, taken, monkeypatch, capsys):
+    gpu = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda: capability,
+        "get_device_name": lambda: "GTX",
+        "get_arch_list": lambda: ["sm_75", "sm_86", "compute_90"],
+    }
+    for name, answer in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    arguments._has_kernels.cache_clear()
+    assert arguments.device("auto").type == arguments.device("auto").type == taken
+    assert arguments.device("cuda").type == "cuda"
+    said = capsys.readouterr().err
+    assert said.count("this PyTorch has nothing for GTX, of compute capability") == (taken == "cpu")
+    arguments._has_kernels.cache_clear()
 
 
 def test_an_operation_that_is_not_deterministic_is_said_in_one_line(refused, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from conftest import ROOT, Forks, files, run, run_here, start, stopped_script
 from torch import nn
 
 from models import MODELS
-from utils import checkpoint, data_loader, training
+from utils import checkpoint, data_loader, progress, training
 from utils.arguments import training_parser
 from utils.teacher import make_cross_entropy
 
@@ -203,6 +203,19 @@ def test_a_training_stops_early_and_keeps_the_best_epoch(stopped_after, tmp_path
     assert (progress.epoch, progress.best_epoch, progress.waited) == (4, 2, 2)
     assert checkpoint.load(tmp_path / "best.pt").training["epoch"] == 2
     assert list(pd.read_csv(tmp_path / "history.csv")["validation_log_loss"]) == losses
+
+
+def test_memory_that_is_short_when_a_run_goes_on_is_no_damage(refused, tmp_path, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    command = ("Vanilla-cross-entropy.py", "--model", "simple_dense", "--epochs", 1)
+    command = (*command, "--output_dir", tmp_path)
+    assert not run_here(*command)
+    (tmp_path / "digits/simple_dense/vanilla/seed0/metrics.json").unlink()
+    monkeypatch.setattr(progress, "_fill", short)
+    said = refused(*command, written=tmp_path)
+    assert "CUDA out of memory. Tried to allocate 9.00 GiB.; smaller batches" in said
 
 
 def test_a_finished_run_is_reported_and_nothing_is_written(forks, teacher):

@@ -1,6 +1,7 @@
 """Which flags the scripts share, and how a flag is checked before anything is read or written."""
 
 import argparse
+import functools
 import json
 import re
 import shlex
@@ -126,7 +127,7 @@ def device(text: str) -> torch.device:
     """auto, cpu, cuda or cuda:N; a device that is not there is an error."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "auto":
-        return torch.device("cuda" if available else "cpu")
+        return torch.device("cuda" if available and _has_kernels() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} given, auto, cpu, cuda or cuda:N expected")
     chosen = torch.device(text)
@@ -135,6 +136,26 @@ def device(text: str) -> torch.device:
             f"{text!r} given, but {available} CUDA devices are available here; cpu would do"
         )
     return chosen
+
+
+@functools.cache  # said once
+def _has_kernels() -> bool:
+    """Whether this PyTorch was compiled for the first GPU; for old ones it is not."""
+    if torch.version.cuda is None:  # ROCm, which names its GPUs otherwise
+        return True
+    capability = torch.cuda.get_device_capability()
+    for architecture in torch.cuda.get_arch_list():
+        kind, major, minor = re.match(r"(sm|compute)_(\d+)(\d)", architecture).groups()
+        made_for = int(major), int(minor)
+        # sm is machine code, for GPUs of one major number; compute any later one can compile.
+        if made_for <= capability and (kind == "compute" or made_for[0] == capability[0]):
+            return True
+    print(
+        f"--device cpu is taken: this PyTorch has nothing for {torch.cuda.get_device_name()}, of "
+        f"compute capability {capability[0]}.{capability[1]}; one made for it would",
+        file=sys.stderr,
+    )
+    return False
 
 
 # ------------------------------------------------------------------------------------ shared flags

@@ -106,9 +106,10 @@ def one_line(text: str) -> str:
     )
 
 
-# What the host, CUDA, cuBLAS and cuDNN say when memory is short.
+# What the host, CUDA, cuBLAS and cuDNN say when memory is short (cuDNN mostly then).
 _NO_MEMORY = re.compile(
     "can't allocate memory|out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    "|unable to find an engine"
 )
 # What Gloo says of a closed connection, and NCCL of a process that has gone.
 _ENDED = re.compile("gloo|nccl.*(remote process|abort|time[d ]*out)", re.IGNORECASE | re.DOTALL)

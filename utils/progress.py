@@ -115,6 +115,8 @@ def restore_progress(
         torch.set_rng_state(state["random"]["cpu"])
         if device.type == "cuda" and "cuda" in state["random"]:  # the device may change
             torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # of the GPU, not of the file
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise damaged(path, error) from None
     return progress

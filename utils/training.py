@@ -140,7 +140,8 @@ class Trial:
         return ask
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        return torch.compile(model) if self.recipe["compile"] else model
+        # dynamic: the last batch of an epoch is a second size, not the first of many
+        return torch.compile(model, dynamic=False) if self.recipe["compile"] else model
 
 
 # -------------------------------------------------------------------- methods, seeds, combinations
@@ -587,7 +588,7 @@ def choose_algorithms(recipe: dict, device: torch.device) -> None:
             raise InputError(
                 f"--compile does not work on {device} here ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}); leave it out, or install a C++ compiler "
-                "(CPU) or Triton (CUDA)"
+                "(CPU), or Triton, a C compiler and Python's headers (CUDA)"
             ) from None
 
 
