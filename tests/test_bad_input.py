@@ -5,6 +5,7 @@ what would do.
 """
 
 import copy
+import functools
 import os
 import pickle
 import shutil
@@ -97,6 +98,7 @@ def test_a_gpu_that_is_too_old_is_said_in_one_line(refused, monkeypatch, tmp_pat
     [((6, 1), "cpu"), ((7, 5), "cuda"), ((8, 0), "cpu"), ((8, 9), "cuda"), ((12, 0), "cuda")],
 )
 def test_a_gpu_without_kernels_is_taken_when_named_only(capability, taken, monkeypatch, capsys):
+    has_kernels = arguments._has_kernels.__wrapped__
     gpu = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -106,13 +108,14 @@ def test_a_gpu_without_kernels_is_taken_when_named_only(capability, taken, monke
     }
     for name, answer in gpu.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-    arguments._has_kernels.cache_clear()
+    monkeypatch.setattr(arguments, "_has_kernels", functools.cache(has_kernels))
     assert arguments.device("auto").type == arguments.device("auto").type == taken
     assert arguments.device("cuda").type == "cuda"
     said = capsys.readouterr().err
     assert said.count("this PyTorch has nothing for GTX, of compute capability") == (taken == "cpu")
-    arguments._has_kernels.cache_clear()
+    monkeypatch.setattr(arguments, "_has_kernels", functools.cache(has_kernels))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx942"])
+    assert arguments.device("auto").type == "cuda"
 
 
 def test_an_operation_that_is_not_deterministic_is_said_in_one_line(refused, monkeypatch, tmp_path):

@@ -141,12 +141,12 @@ def device(text: str) -> torch.device:
 @functools.cache  # said once
 def _has_kernels() -> bool:
     """Whether this PyTorch was compiled for the first GPU; for old ones it is not."""
-    if torch.version.cuda is None:  # ROCm, which names its GPUs otherwise
+    compiled_for = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    if not compiled_for:  # ROCm, which names its GPUs otherwise, or not known
         return True
     capability = torch.cuda.get_device_capability()
-    for architecture in torch.cuda.get_arch_list():
-        kind, major, minor = re.match(r"(sm|compute)_(\d+)(\d)", architecture).groups()
-        made_for = int(major), int(minor)
+    for kind, *made_for in compiled_for:
+        made_for = tuple(map(int, made_for))
         # sm is machine code, for GPUs of one major number; compute any later one can compile.
         if made_for <= capability and (kind == "compute" or made_for[0] == capability[0]):
             return True
