@@ -159,6 +159,14 @@ def test_only_what_was_given_is_said_to_be(capsys):
     assert "the command line gives" not in capsys.readouterr().out
 
 
+def test_a_flag_that_agrees_with_the_paper_leaves_all_its_settings(capsys):
+    published = settle(parse("vanilla"), "vanilla", "cifar10", "resnet18")
+    listed = capsys.readouterr().out
+    taken = settle(parse("vanilla", "--schedule", "steps"), "vanilla", "cifar10", "resnet18")
+    assert capsys.readouterr().out == listed
+    assert recipe(taken, "cifar10") == recipe(published, "cifar10")
+
+
 def test_a_flag_that_says_the_default_is_given_all_the_same():
     default = training_parser("").get_default("batch_size")
     taken = settle(parse("vanilla", "--batch_size", default), "vanilla", "mnist", "simple_dense")

@@ -496,14 +496,15 @@ def _with_published(args, method: str, dataset: str, model: str) -> argparse.Nam
             f"--params published has nothing for {method} on {dataset} with {model}; the nearest "
             f"that it has: {'; '.join(_nearest_published(method, dataset, model))}"
         )
+    kept = {k for k in args.given & settings.keys() if getattr(args, k) != settings[k]}
     # Milestones belong to the schedule they were published with, early stopping to the protocol.
-    unfit = {"milestones", "fall"} if "schedule" in args.given else set()
-    unfit |= {"estop"} if "protocol" in args.given and args.protocol == "lr" else set()
-    taken = {k: value for k, value in settings.items() if k not in args.given | unfit}
+    unfit = {"milestones", "fall"} if "schedule" in kept else set()
+    unfit |= {"estop"} if "protocol" in kept and args.protocol == "lr" else set()
+    taken = {k: value for k, value in settings.items() if k not in kept | unfit}
     left = [
         f"{name} {_in_words(getattr(args, name))}, not {_in_words(value)}"
         for name, value in settings.items()
-        if name in args.given
+        if name in kept
     ]
     listed = (f"{name} {_in_words(value)}" for name, value in taken.items())
     print(f"published settings ({source}): {', '.join(listed)}")
